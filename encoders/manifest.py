@@ -120,7 +120,7 @@ def seal(
     metrics: Mapping[str, Any] | None = None,
     files: Iterable[str] | None = None,
 ) -> Manifest:
-    """Hash the files under `path` (or only the relative names in `files`) and write its manifest: it is finished now."""
+    """Hash the files under `path` (or only the relative names in `files`) and write its manifest: it is finished."""
     if kind not in KINDS:
         raise ValueError(f"unknown artifact kind {kind!r}; known: {', '.join(KINDS)}")
     names = sorted(files) if files is not None else _files_below(path)
