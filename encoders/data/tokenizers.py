@@ -1,0 +1,74 @@
+"""WordPiece in the layout of CLIPS: `[bos=1] words [eos=2] [pad=0 ...] [CLS]`, the class token in the last slot.
+
+Reads a `tokenizer.json` (bert-base-uncased's, for the published weights) or trains a small one on given captions.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from encoders.errors import ModelError
+
+PAD, BOS, EOS = 0, 1, 2
+FILE = "tokenizer.json"
+
+
+class CaptionTokenizer:
+    """Captions -> fixed-length ids."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        cls = tokenizer.token_to_id("[CLS]")
+        if cls is None or cls in (PAD, BOS, EOS):
+            raise ModelError("the tokenizer has no [CLS] token beside ids 0, 1 and 2; a WordPiece vocabulary is needed")
+        self._tokenizer = tokenizer
+        self._cls = cls
+
+    @classmethod
+    def read(cls, folder: Path) -> "CaptionTokenizer":
+        """Read `folder/tokenizer.json`. Raises ModelError if it is missing or is not a tokenizer."""
+        file = folder / FILE
+        if not file.is_file():
+            raise ModelError(f"{file} does not exist; text.tokenizer must name a folder with a {FILE}")
+        try:
+            return cls(Tokenizer.from_file(str(file)))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ModelError(f"{file} cannot be read as a tokenizer: {error}") from error
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int) -> "CaptionTokenizer":
+        """Train lower-case WordPiece on the captions: a small closed vocabulary for small worlds."""
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        special = ["[PAD]", "[BOS]", "[EOS]", "[CLS]", "[UNK]"]  # in the order of their ids
+        trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+        tokenizer.train_from_iterator(captions, trainer)
+        return cls(tokenizer)
+
+    def save(self, folder: Path) -> None:
+        """Write `folder/tokenizer.json`."""
+        self._tokenizer.save(str(folder / FILE))
+
+    @property
+    def size(self) -> int:
+        """Ids run below this."""
+        return self._tokenizer.get_vocab_size()
+
+    def encode(self, text: str, length: int) -> list[int]:
+        """`length` ids: [bos] words [eos] [pad ...] [CLS]; words beyond the room are cut."""
+        words = self._words(text)[: length - 3]
+        return [BOS, *words, EOS, *[PAD] * (length - 3 - len(words)), self._cls]
+
+    def encode_target(self, text: str, length: int) -> list[int]:
+        """What the captioner predicts: words [eos] in at most `length - 1` slots, -100 after them."""
+        target = [*self._words(text)[: length - 2], EOS]
+        return target + [-100] * (length - len(target))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Words of the ids; special tokens are left out."""
+        return self._tokenizer.decode([i for i in ids if i not in (PAD, BOS, EOS, self._cls, -100)])
+
+    def _words(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
