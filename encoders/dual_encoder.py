@@ -4,6 +4,7 @@ Shapes: B batch, H image side, N patches, L text tokens, E joint embedding.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,11 @@ class DualEncoder(nn.Module):
     def encode_text(self, input_ids: Tensor) -> Tensor:
         """(B,L) -> L2-normalised (B,E)."""
         return F.normalize(self.text(input_ids)[1].float(), dim=-1)
+
+    def resize(self, image_size: int) -> None:
+        """Take pictures of another size from now on: position table and config change together."""
+        self.vision.resize(image_size)
+        self.config = replace(self.config, vision=self.vision.config)
 
     def scale(self) -> Tensor:
         """1/temperature, at most 100 as in CLIP."""

@@ -13,7 +13,7 @@ from encoders.data.tokenizers import FILE as TOKENIZER_FILE
 from encoders.data.tokenizers import CaptionTokenizer
 from encoders.dual_encoder import DualEncoder
 from encoders.errors import ModelError
-from encoders.objectives import build
+from encoders.objectives import Objective, build
 
 CONFIG_FILE, WEIGHTS_FILE = "encoder.json", "model.safetensors"
 FILES = (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE)
@@ -27,7 +27,7 @@ def save(folder: Path, model: DualEncoder, tokenizer: CaptionTokenizer) -> None:
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def load(folder: Path) -> tuple[DualEncoder, CaptionTokenizer]:
+def load(folder: Path) -> tuple[Objective, CaptionTokenizer]:
     """The trained model in float32 on the CPU, with its tokenizer.
 
     Raises DataError if the run did not finish or is not an encoder run, ModelError if config and weights disagree.

@@ -20,7 +20,7 @@ from typing import Any
 from encoders.errors import DataError, UsageError
 
 MANIFEST = "manifest.json"
-KINDS = ("scenes", "llm", "encoder-run", "encoder", "llava", "llava-run", "results", "report")
+KINDS = ("scenes", "llm", "encoder-run", "encoder", "llava", "results", "report", "checkpoint")
 VERSIONED = ("torch", "torchvision", "transformers", "accelerate", "peft", "safetensors", "lmms-eval")
 
 

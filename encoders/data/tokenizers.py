@@ -3,14 +3,16 @@
 Reads a `tokenizer.json` (bert-base-uncased's, for the published weights) or trains a small one on given captions.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from encoders.errors import ModelError
+from encoders.errors import ModelError, UsageError
 
 PAD, BOS, EOS = 0, 1, 2
+SPECIAL = ("[PAD]", "[BOS]", "[EOS]", "[CLS]", "[UNK]")  # of vocabularies trained here, in the order of their ids
 FILE = "tokenizer.json"
 
 
@@ -37,14 +39,24 @@ class CaptionTokenizer:
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> "CaptionTokenizer":
-        """Train lower-case WordPiece on the captions: a small closed vocabulary for small worlds."""
-        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        tokenizer.decoder = decoders.WordPiece()
-        special = ["[PAD]", "[BOS]", "[EOS]", "[CLS]", "[UNK]"]  # in the order of their ids
-        trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
-        tokenizer.train_from_iterator(captions, trainer)
+        """A lower-case WordPiece vocabulary for a small world: all characters of the captions, then the most frequent
+        words. Equal captions give equal ids (the library's own trainer breaks ties at random).
+
+        Raises UsageError if `vocab_size` cannot hold the special tokens and the characters.
+        """
+        normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+        words: Counter[str] = Counter()
+        for caption in captions:
+            words.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption)))
+        characters = sorted({character for word in words for character in word})
+        pieces = [*SPECIAL, *characters, *(f"##{character}" for character in characters)]
+        if len(pieces) > vocab_size:
+            raise UsageError(f"text.vocab_size {vocab_size} is below the {len(pieces)} tokens that spell the captions")
+        by_count = sorted(words, key=lambda word: (-words[word], word))
+        pieces = list(dict.fromkeys([*pieces, *by_count]))[:vocab_size]
+        vocabulary = {piece: index for index, piece in enumerate(pieces)}
+        tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+        tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normalizer, splitter, decoders.WordPiece()
         return cls(tokenizer)
 
     def save(self, folder: Path) -> None:

@@ -1,0 +1,118 @@
+"""The loop through its real command line: a kill at any step costs nothing but the steps since the last checkpoint."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pair_shards import sample, write_shards
+from safetensors.torch import load_file
+
+from encoders import encoder_run, manifest
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS, SAVE_EVERY = 24, 5
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs")
+    write_shards(folder / "train", 60, image={7: sample(7, 40)["image"][:300]})  # one bad sample
+    write_shards(folder / "val", 8, shards=1)
+    write_shards(folder / "test", 8, shards=1)
+    return folder
+
+
+def command(shards: Path, out: Path, *options: str) -> list[str]:
+    script = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train" / "pretrain.py")]
+    config = {
+        "run": {"out": str(out), "steps": STEPS, "batch_size": 16, "workers": 1, "threads": 1, "log_every": 1}
+        | {"save_every": SAVE_EVERY, "eval_every": 10, "keep": 2},
+        "optim": {"lr": 0.01, "warmup_steps": 2, "clip_norm": 1.0},
+        "data": {split: str(shards / split) for split in ("train", "val", "test")} | {"max_bad_fraction": 0.2},
+        "model": {
+            "objective": "clips",
+            "embed_dim": 16,
+            "vision": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "heads": 2, "mlp_width": 64},
+            "text": {"vocab_size": 90, "length": 10, "width": 32, "layers": 1, "heads": 2},
+            "captioner": {"tokens": 16, "width": 32, "layers": 1, "heads": 2},
+        },
+    }
+    recipe = out.with_suffix(".yaml")
+    recipe.write_text(json.dumps(config))  # JSON is YAML
+    return [*script, "--config", str(recipe), *options]
+
+
+def launch(shards: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(shards, out, *options), cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    finished = launch(shards, out)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return out
+
+
+def rows(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_finished_run_is_an_artifact_with_its_figures(uninterrupted: Path) -> None:
+    artifact = manifest.verify(uninterrupted, full=True)
+    assert artifact.kind == "encoder-run"
+    assert artifact.metrics["retrieval"]["queries"] == 8
+    assert artifact.metrics["samples_seen"] == STEPS * 16
+    assert sum(artifact.metrics["bad_samples"].values()) > 0
+    assert json.loads((uninterrupted / "status.json").read_text())["state"] == "finished"
+    losses = [row["loss"] for row in rows(uninterrupted) if "loss" in row]
+    assert len(losses) == STEPS
+    assert losses[-1] < losses[0]
+    assert any("val_i2t_r1" in row for row in rows(uninterrupted))
+    assert [p.name for p in sorted((uninterrupted / "checkpoints").iterdir())] == ["step-00000015", "step-00000020"]
+    model, _ = encoder_run.load(uninterrupted)
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_sigkill_at_a_random_step_and_resume_is_bit_for_bit_the_same(
+    shards: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    step = random.SystemRandom().randrange(SAVE_EVERY + 1, STEPS)
+    print(f"killing after step {step}")
+    process = subprocess.Popen(
+        command(shards, out), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    metrics = out / "metrics.jsonl"
+    while not metrics.is_file() or metrics.read_text().count('"loss"') < step:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "manifest.json").exists()
+
+    refused = launch(shards, out)
+    assert refused.returncode != 0
+    assert "pass --resume" in refused.stderr
+    other = launch(shards, out, "--resume", "--optim.lr", "0.02")
+    assert "the config has changed: optim.lr: 0.01 -> 0.02" in other.stderr
+
+    resumed = launch(shards, out, "--resume", "--run.workers", "0")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "resuming" in resumed.stdout
+    whole, mended = (load_file(folder / "model.safetensors") for folder in (uninterrupted, out))
+    assert whole.keys() == mended.keys()
+    assert all(whole[name].equal(mended[name]) for name in whole)
+    figures = ("step", "loss", "lr", "bad")
+    assert [[row.get(f) for f in figures] for row in rows(out)] == [
+        [row.get(f) for f in figures] for row in rows(uninterrupted)
+    ]
+    first, second = (manifest.read(folder).metrics for folder in (uninterrupted, out))
+    assert first == second

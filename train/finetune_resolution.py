@@ -1,0 +1,25 @@
+"""Fine-tune a finished encoder run at a higher resolution.
+
+    accelerate launch train/finetune_resolution.py --config train/recipes/resolution_demo.yaml [--init RUN] [--resume]
+
+Position table, config and preprocessing change together; the objective goes on as it was. Writes an encoder run.
+"""
+
+from encoders.errors import run_command
+from train.config import ResolutionConfig, parse
+
+
+def main() -> None:
+    config = parse(ResolutionConfig, "resolution_demo.yaml")
+    from train import loop, pair_task  # torch comes in only once the config is known to be right
+
+    if not loop.prepare_folder(config.run):
+        return
+    accelerator = loop.build_accelerator(config.run)
+    with loop.status(config.run, accelerator):
+        task = pair_task.finetune_resolution(config)
+        loop.train(task, config.run, config.optim, accelerator)
+
+
+if __name__ == "__main__":
+    run_command(main)

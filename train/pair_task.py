@@ -1,0 +1,148 @@
+"""The task of pre-training and of resolution fine-tuning: an objective on image-text pairs, scored by retrieval."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from encoders import encoder_run, objectives
+from encoders.data.pairs import Ledger, TrainingPairs, collate, evaluation_set
+from encoders.data.shards import BadSample, TarSamples
+from encoders.data.tokenizers import FILE as TOKENIZER_FILE
+from encoders.data.tokenizers import CaptionTokenizer
+from encoders.errors import ModelError, UsageError
+from eval.zero_shot import chance_r1, recalls, retrieval_ranks
+from train.config import PairData, PretrainConfig, ResolutionConfig
+from train.loop import Artifact, Batch
+from train.optim import decay_groups
+
+TOKENIZER_SAMPLES = 20_000
+EVALUATION_BATCH = 250
+RANKS_FILE = "retrieval.jsonl"
+
+
+def pretrain(config: PretrainConfig, accelerator: Accelerator) -> "PairTask":
+    """A fresh model of `config.model`. Raises ModelError if the tokenizer's ids exceed the embedding table."""
+    samples = TarSamples(config.data.train)
+    tokenizer = _tokenizer(config, samples, accelerator)
+    if tokenizer.size > config.model.text.vocab_size:
+        raise ModelError(
+            f"the tokenizer has {tokenizer.size} ids but model.text.vocab_size is {config.model.text.vocab_size}; "
+            "raise vocab_size or use a smaller tokenizer"
+        )
+    model = objectives.build(config.model)
+    return PairTask("pretrain", asdict(config), config.data, samples, model, tokenizer, {"data": config.data.train})
+
+
+def finetune_resolution(config: ResolutionConfig) -> "PairTask":
+    """The model of a finished run with its position table, config and preprocessing at the new size."""
+    model, tokenizer = encoder_run.load(config.init)
+    before = model.config.vision.image_size
+    model.resize(config.image_size)
+    print(f"position table: {before} px -> {config.image_size} px ({model.config.vision.grid} patches a side)")
+    parents = {"data": config.data.train, "init": config.init}
+    samples = TarSamples(config.data.train)
+    return PairTask("resolution", asdict(config), config.data, samples, model.train(), tokenizer, parents)
+
+
+class PairTask:
+    """See train.loop.Task."""
+
+    def __init__(
+        self,
+        name: str,
+        config: dict[str, Any],
+        data: PairData,
+        samples: TarSamples,
+        model: objectives.Objective,
+        tokenizer: CaptionTokenizer,
+        parents: dict[str, Path],
+    ):
+        if config["run"]["micro_batches"] != 1:
+            raise UsageError(
+                "run.micro_batches must be 1: a contrastive loss over micro-batches is not the loss of the whole batch"
+            )
+        self.name, self.config, self.data, self.parents = name, config, data, parents
+        self.module: nn.Module = model
+        self.model, self.tokenizer, self.samples = model, tokenizer, samples
+        self.dataset: Dataset[dict[str, Any]] = TrainingPairs(
+            samples, model.config, tokenizer, model.texts, config["run"]["seed"]
+        )
+        self.ledger = Ledger(data.max_bad_fraction)
+        # Opened now so that a missing folder is told before hours of training.
+        self.held_out = {"val": TarSamples(data.val), "test": TarSamples(data.test)}
+
+    def collate(self, examples: list[dict[str, Any]]) -> Batch:
+        return collate(examples)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return decay_groups(self.module, self.config["optim"]["weight_decay"])
+
+    def step(self, module: nn.Module, micro_batches: list[Batch], accelerator: Accelerator) -> dict[str, Tensor]:
+        [batch] = micro_batches
+        output = module(batch)
+        accelerator.backward(output["loss"])
+        return {name: value.detach() for name, value in output.items()}
+
+    def after_first_step(self) -> str:
+        return ""
+
+    def evaluate(self, accelerator: Accelerator) -> dict[str, float]:
+        i2t, t2i, _, _ = self._ranks("val", accelerator)
+        return {f"val_{name}": value for name, value in recalls(i2t, t2i).items()}
+
+    def finish(self, out: Path, accelerator: Accelerator) -> Artifact:
+        i2t, t2i, keys, captions = self._ranks("test", accelerator)
+        rows = zip(keys, i2t.tolist(), t2i.tolist(), strict=True)
+        lines = (json.dumps({"key": key, "i2t_rank": i, "t2i_rank": t}) for key, i, t in rows)
+        (out / RANKS_FILE).write_text("\n".join(lines) + "\n")
+        retrieval = {**recalls(i2t, t2i), "chance_r1": chance_r1(captions), "queries": len(keys)}
+        encoder_run.save(out, self.model, self.tokenizer)
+        print(
+            f"retrieval on {len(keys)} test pairs: R@1 {retrieval['i2t_r1']:.1%} image->text, "
+            f"{retrieval['t2i_r1']:.1%} text->image (chance {retrieval['chance_r1']:.2%})"
+        )
+        return Artifact("encoder-run", self.parents, {"retrieval": retrieval})
+
+    @torch.no_grad()
+    def _ranks(self, split: str, accelerator: Accelerator) -> tuple[Tensor, Tensor, list[str], list[str]]:
+        """Ranks of a held-out set (the query is the short caption for every objective), its keys and captions."""
+        pairs = evaluation_set(self.held_out[split], self.model.config, self.tokenizer)
+        self.model.eval()
+        with accelerator.autocast():
+            images = [
+                self.model.encode_image(x.to(accelerator.device)) for x in pairs["images"].split(EVALUATION_BATCH)
+            ]
+            texts = [
+                self.model.encode_text(x.to(accelerator.device)) for x in pairs["short_ids"].split(EVALUATION_BATCH)
+            ]
+        self.model.train()
+        return (
+            *retrieval_ranks(torch.cat(images), torch.cat(texts), pairs["captions"]),
+            pairs["keys"],
+            pairs["captions"],
+        )
+
+
+def _tokenizer(config: PretrainConfig, samples: TarSamples, accelerator: Accelerator) -> CaptionTokenizer:
+    if config.model.text.tokenizer is not None:
+        return CaptionTokenizer.read(Path(config.model.text.tokenizer))
+    if accelerator.is_main_process and not (config.run.out / TOKENIZER_FILE).is_file():
+        CaptionTokenizer.train(_captions(samples), config.model.text.vocab_size).save(config.run.out)
+    accelerator.wait_for_everyone()
+    return CaptionTokenizer.read(config.run.out)
+
+
+def _captions(samples: TarSamples) -> Iterator[str]:
+    for index in range(0, len(samples), max(len(samples) // TOKENIZER_SAMPLES, 1)):
+        try:
+            sample = samples[index]
+        except BadSample:
+            continue  # counted and named when training draws it
+        yield from (sample.web, sample.short, sample.long)

@@ -1,0 +1,25 @@
+"""Pre-train an encoder on image-text pairs.
+
+    accelerate launch train/pretrain.py --config train/recipes/clips_demo.yaml [--run.steps 500 ...] [--resume]
+
+Reads webdataset tars; writes an encoder run. Without arguments it runs the demo recipe.
+"""
+
+from encoders.errors import run_command
+from train.config import PretrainConfig, parse
+
+
+def main() -> None:
+    config = parse(PretrainConfig, "clips_demo.yaml")
+    from train import loop, pair_task  # torch comes in only once the config is known to be right
+
+    if not loop.prepare_folder(config.run):
+        return
+    accelerator = loop.build_accelerator(config.run)
+    with loop.status(config.run, accelerator):
+        task = pair_task.pretrain(config, accelerator)
+        loop.train(task, config.run, config.optim, accelerator)
+
+
+if __name__ == "__main__":
+    run_command(main)

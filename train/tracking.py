@@ -1,0 +1,83 @@
+"""What a run tells while it runs: a progress bar on a terminal (lines elsewhere), metrics.jsonl always, and by option
+an experiment tracker through Accelerate."""
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+METRICS = "metrics.jsonl"
+SECONDS_BETWEEN_LINES = 10
+
+
+class Tracker:
+    """Context manager of one run's reporting; only the main process writes."""
+
+    def __init__(self, out: Path, name: str, steps: int, start: int, accelerator: Accelerator):
+        self.accelerator, self.steps, self.start = accelerator, steps, start
+        self.main = accelerator.is_main_process
+        self.file = out / METRICS
+        console = Console()
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=console,
+            disable=not (self.main and console.is_terminal),
+        )
+        self.task = self.bar.add_task(name, total=steps, completed=start, text="")
+        self.name, self.terminal = name, console.is_terminal
+        self.began = self.printed = time.monotonic()
+
+    def __enter__(self) -> "Tracker":
+        if self.main:
+            self._drop_rows_after(self.start)
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Record figures after optimizer step `step` (from 1)."""
+        if not self.main:
+            return
+        with self.file.open("a") as stream:
+            stream.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self.accelerator.trackers:
+            self.accelerator.log(metrics, step=step)
+
+    def show(self, step: int, metrics: dict[str, float]) -> None:
+        """Advance the bar; where there is no terminal print a line now and then."""
+        text = "  ".join(f"{name} {_short(value)}" for name, value in metrics.items())
+        self.bar.update(self.task, completed=step, text=text)
+        now = time.monotonic()
+        due = now - self.printed >= SECONDS_BETWEEN_LINES or step == self.steps
+        if self.main and not self.terminal and due:
+            eta = (now - self.began) / max(step - self.start, 1) * (self.steps - step)
+            print(f"{self.name} {step}/{self.steps}  eta {eta:.0f} s  {text}", flush=True)
+            self.printed = now
+
+    def say(self, message: str) -> None:
+        """A line above the bar."""
+        if self.main:
+            self.bar.console.print(message, highlight=False, soft_wrap=True)
+
+    def _drop_rows_after(self, step: int) -> None:
+        """Rows that a killed run wrote after its last checkpoint will be written again."""
+        rows = self.file.read_text().splitlines(keepends=True) if self.file.is_file() else []
+        kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
+        self.file.write_text("".join(kept))
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
