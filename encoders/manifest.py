@@ -134,6 +134,9 @@ def seal(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     write_json(path / MANIFEST, _to_json(manifest))
+    mode = (path / MANIFEST).stat().st_mode
+    for name in names:
+        (path / name).chmod(mode)  # safetensors writes 0600; an artifact is as readable as the umask says
     return manifest
 
 

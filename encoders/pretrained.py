@@ -1,28 +1,47 @@
 """Strict loading of transformers folders: a wrong key is an error here, not a random weight."""
 
+import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from encoders.errors import ModelError
 
-Model = TypeVar("Model", bound=PreTrainedModel)
 
+def load_strict(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """`model_class.from_pretrained` that accepts only a folder of that type with exactly its weights, on the CPU.
 
-def load_strict(model_class: type[Model], folder: Path, dtype: torch.dtype) -> Model:
-    """`model_class.from_pretrained`, on the CPU. Raises ModelError if any weight is missing, unexpected or of the wrong
-    shape (transformers itself only warns and goes on with random weights), or if the folder cannot be read."""
-    try:
-        loaded: Any = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{folder} cannot be loaded as {model_class.__name__}: {error}") from error
-    model, info = loaded
-    wrong = {problem: sorted(map(str, names)) for problem, names in info.items() if names}
-    if wrong:
-        shown = "; ".join(f"{problem}: {', '.join(names[:3])} ({len(names)})" for problem, names in wrong.items())
+    Raises ModelError naming the missing, unexpected or wrongly shaped keys: by itself it would fill them at random.
+    """
+    config = _read_config(folder)
+    wanted = model_class.config_class.model_type
+    if config.get("model_type") != wanted:
         raise ModelError(
-            f"{folder}: its weights are not those of the {model_class.__name__} its config states: {shown}"
+            f"{folder / 'config.json'}: model_type is {config.get('model_type')!r}, needed is {wanted!r}"
+            + ("; run export-encoder on it first" if wanted == "clip_vision_model" else "")
         )
+    if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        raise ModelError(f"{folder} holds no model.safetensors (or its index); save the model as safetensors first")
+    model, info = model_class.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True
+    )
+    wrong = [
+        f"{key}: saved as {list(saved)}, config asks {list(asked)}" for key, saved, asked in info["mismatched_keys"]
+    ]
+    problems = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"], "of another shape": wrong}
+    found = [f"{len(keys)} {what} ({'; '.join(sorted(keys)[:3])})" for what, keys in problems.items() if keys]
+    if found:
+        raise ModelError(f"{folder}: config.json and weights disagree: {', '.join(found)}; write the folder again")
     return model
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(f"{folder} has no config.json: not a model folder")
+    try:
+        config: dict[str, Any] = json.loads(file.read_text())
+    except ValueError as error:
+        raise ModelError(f"{file} is not valid JSON: {error}") from error
+    return config
