@@ -111,13 +111,17 @@ class EncoderConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     captioner: CaptionerConfig | None = None
+    piece_tokens: int | None = None
+    """Of clips: null draws one sentence of the long caption; a number is L of the sub-caption cut."""
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
 
     def __post_init__(self) -> None:
         if self.objective == "clips" and self.captioner is None:
             raise UsageError("objective clips needs a captioner: section; see train/recipes/clips_demo.yaml")
-        if self.objective == "clip" and self.captioner is not None:
-            raise UsageError("objective clip has no captioner; remove the captioner: section or use objective: clips")
+        if self.objective == "clip" and (self.captioner is not None or self.piece_tokens is not None):
+            raise UsageError("objective clip takes no captioner: and no piece_tokens:; remove them or use clips")
+        if self.piece_tokens is not None and self.piece_tokens < 1:
+            raise UsageError(f"piece_tokens is {self.piece_tokens} but must be at least 1")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

@@ -1,6 +1,7 @@
 """Shards, order, captions, tokenizer and transforms; every kind of bad input has its message."""
 
 import io
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from transformers import BertTokenizer, CLIPImageProcessor
 
 from encoders.config import EncoderConfig, PreprocessConfig, TextConfig, VisionConfig
-from encoders.data.captions import draw_sentence, sentences
+from encoders.data.captions import sentences, short_piece
 from encoders.data.pairs import Ledger, TrainingPairs, collate, evaluation_set
 from encoders.data.shards import StepOrder, TarSamples
 from encoders.data.tokenizers import CaptionTokenizer
@@ -128,9 +129,20 @@ def test_all_bad_is_an_error_not_a_hang(tmp_path: Path) -> None:
 def test_sentences_and_draws() -> None:
     caption = "A dog runs. It is brown!  The sky\nis blue... "
     assert sentences(caption) == ["A dog runs", "It is brown", "The sky", "is blue"]
-    drawn = {draw_sentence(caption, np.random.default_rng(seed)) for seed in range(60)}
-    assert drawn == set(sentences(caption))
-    assert draw_sentence(" ... ", np.random.default_rng(0)) is None
+
+
+def test_short_pieces_are_whole_sentences_until_the_length_is_reached() -> None:
+    pieces = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
+
+    def draw(length: int | None) -> set[tuple[int, ...]]:
+        return {tuple(short_piece(pieces, length, np.random.default_rng(seed))) for seed in range(300)}
+
+    assert draw(None) == {tuple(piece) for piece in pieces}
+    assert {piece[0] for piece in draw(1)} == {1, 4, 5, 7}
+    orders = [[*itertools.chain(*order)] for order in itertools.permutations(pieces)]
+    assert draw(4) == {tuple(order[:4]) for order in orders}
+    assert draw(99) == {tuple(order) for order in orders}
+    assert short_piece([], 5, np.random.default_rng(0)) == []
 
 
 def test_layout_of_clips_tokens_and_bert_vocabulary(tmp_path: Path) -> None:

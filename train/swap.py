@@ -8,6 +8,7 @@ fingerprints of its inputs are those of the last run and its output is untouched
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -175,9 +176,10 @@ class Runner:
 
     def _execute(self, stage: Stage, command: list[str]) -> None:
         log = self.log(stage)
+        quiet = {**os.environ, "TQDM_DISABLE": "1"}  # bars of libraries would fill the log
         with log.open("w") as stream:
             process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=quiet
             )
             assert process.stdout is not None
             for line in process.stdout:

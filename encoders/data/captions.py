@@ -1,6 +1,7 @@
 """Cutting captions into pieces: pure functions of a caption and a random generator."""
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,7 +13,16 @@ def sentences(caption: str) -> list[str]:
     return [piece for part in _STOPS.split(caption) if (piece := part.strip())]
 
 
-def draw_sentence(caption: str, rng: np.random.Generator) -> str | None:
-    """One sentence drawn at random (the short piece of the main CLIPS recipe), or None if the caption has none."""
-    pieces = sentences(caption)
-    return pieces[rng.integers(len(pieces))] if pieces else None
+def short_piece(pieces: Sequence[Sequence[int]], length: int | None, rng: np.random.Generator) -> list[int]:
+    """The short piece of a synthetic caption, from the token ids of its sentences.
+
+    length None: one sentence drawn at random, as in the main CLIPS recipe. Otherwise the sub-caption cut (CLIPS section
+    3.2): sentences are drawn without replacement and appended until there are `length` tokens, of which the first
+    `length` are kept; a caption with fewer gives all of them, shuffled. No sentence: an empty list.
+    """
+    piece: list[int] = []
+    for index in rng.permutation(len(pieces)):
+        piece += pieces[index]
+        if length is None or len(piece) >= length:
+            break
+    return piece[:length]

@@ -4,7 +4,7 @@ Reads a `tokenizer.json` (bert-base-uncased's, for the published weights) or tra
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -70,17 +70,22 @@ class CaptionTokenizer:
 
     def encode(self, text: str, length: int) -> list[int]:
         """`length` ids: [bos] words [eos] [pad ...] [CLS]; words beyond the room are cut."""
-        words = self._words(text)[: length - 3]
+        return self.lay_out(self.words(text), length)
+
+    def lay_out(self, words: Sequence[int], length: int) -> list[int]:
+        """The same for ids of words."""
+        words = words[: length - 3]
         return [BOS, *words, EOS, *[PAD] * (length - 3 - len(words)), self._cls]
 
     def encode_target(self, text: str, length: int) -> list[int]:
         """What the captioner predicts: words [eos] in at most `length - 1` slots, -100 after them."""
-        target = [*self._words(text)[: length - 2], EOS]
+        target = [*self.words(text)[: length - 2], EOS]
         return target + [-100] * (length - len(target))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Words of the ids; special tokens are left out."""
         return self._tokenizer.decode([i for i in ids if i not in (PAD, BOS, EOS, self._cls, -100)])
 
-    def _words(self, text: str) -> list[int]:
+    def words(self, text: str) -> list[int]:
+        """The ids of a text's words, nothing added or cut."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from encoders.captioner import Captioner
 from encoders.config import EncoderConfig
-from encoders.data.captions import draw_sentence
+from encoders.data.captions import sentences, short_piece
 from encoders.data.shards import Sample
 from encoders.data.tokenizers import CaptionTokenizer
 from encoders.dual_encoder import DualEncoder
@@ -42,12 +42,14 @@ class Clips(DualEncoder):
     def texts(
         sample: Sample, tokenizer: CaptionTokenizer, config: EncoderConfig, rng: np.random.Generator
     ) -> dict[str, list[int]]:
-        """The token ids that this objective draws from one sample: one random sentence of the long caption is the short
-        piece (the sub-caption cut); where there is no sentence the web caption stands in for piece and target."""
+        """The token ids that this objective draws from one sample: the web caption, a short piece of the long one, and
+        the long one as target. Where it has no sentence the web caption stands in for piece and target."""
         assert config.captioner is not None
-        piece = draw_sentence(sample.long, rng)
+        web = tokenizer.words(sample.web)
+        pieces = [tokenizer.words(sentence) for sentence in sentences(sample.long)]
+        piece = short_piece(pieces, config.piece_tokens, rng)
         return {
-            "web_ids": tokenizer.encode(sample.web, config.text.length),
-            "piece_ids": tokenizer.encode(piece or sample.web, config.text.length),
-            "target_ids": tokenizer.encode_target(sample.long if piece else sample.web, config.captioner.tokens),
+            "web_ids": tokenizer.lay_out(web, config.text.length),
+            "piece_ids": tokenizer.lay_out(piece or web, config.text.length),
+            "target_ids": tokenizer.encode_target(sample.long if pieces else sample.web, config.captioner.tokens),
         }
