@@ -1,0 +1,115 @@
+"""The whole thread, tiny: scenes -> two encoders -> two LLaVAs -> four benchmarks -> a report; and nothing twice."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import CLIPVisionModel, LlavaForConditionalGeneration
+
+from encoders import manifest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_recipes(folder: Path, llm: Path) -> Path:
+    """Every recipe of the demo, shrunk; returns the one for train/swap.py."""
+    work = folder / "work"
+    scenes = work / "scenes"
+    run = {"workers": 0, "threads": 1, "log_every": 1, "save_every": 2}
+    pairs = {split: str(scenes / "shards" / split) for split in ("train", "val", "test")}
+    model = {
+        "embed_dim": 16,
+        "vision": {"image_size": 32, "patch_size": 16, "width": 32, "layers": 2, "heads": 2, "mlp_width": 64},
+        "text": {"vocab_size": 400, "length": 16, "width": 32, "layers": 1, "heads": 2},
+    }
+    captioner = {"tokens": 24, "width": 32, "layers": 1, "heads": 2}
+    chats = {"images": str(scenes), "max_length": 512}
+    pretrain = {"run": {**run, "steps": 4, "batch_size": 16}, "optim": {"warmup_steps": 1}, "data": pairs}
+    tune = {"run": {**run, "steps": 3, "batch_size": 4}, "optim": {"weight_decay": 0.0}}
+    recipes = {
+        "clip": {**pretrain, "model": {**model, "objective": "clip"}},
+        "clips": {**pretrain, "model": {**model, "objective": "clips", "captioner": captioner, "piece_tokens": 8}},
+        "resolution": {"image_size": 48, **pretrain, "run": {**pretrain["run"], "steps": 2}},
+        "projector": {**tune, "data": {**chats, "chats": str(scenes / "chats_caption.json")}},
+        "lora": {**tune, "stage": "lora", "lora_r": 4, "data": {**chats, "chats": str(scenes / "chats.json")}},
+    }
+    placeholders = {"projector": {"encoder": "-", "llm": "-"}, "lora": {"llava": "-"}}  # the pipeline fills them in
+    for name, content in recipes.items():
+        (folder / f"{name}.yaml").write_text(json.dumps({**content, **placeholders.get(name, {})}))
+    sizes = {"classes": 12, "image-size": 48, "train": 64, "val": 8, "test": 12, "chats": 12, "bench-images": 2}
+    swap = {
+        "work": str(work),
+        "arms": {arm: str(folder / f"{arm}.yaml") for arm in ("clip", "clips")},
+        **{stage: str(folder / f"{stage}.yaml") for stage in ("resolution", "projector", "lora")},
+        "llm": str(llm),
+        "scenes": sizes,
+        "bench_data": str(scenes / "bench"),
+        "launch": ["--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"],
+        "jobs": 2,
+    }
+    (folder / "swap.yaml").write_text(json.dumps(swap))
+    return folder / "swap.yaml"
+
+
+def swap(recipe: Path, *options: str) -> str:
+    command = [sys.executable, str(ROOT / "train" / "swap.py"), "--config", str(recipe), *options]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=550)
+    assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-2000:]
+    return finished.stdout
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_llm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipes(tmp_path_factory.mktemp("swap"), tiny_llm)
+
+
+@pytest.fixture(scope="module")
+def work(recipe: Path) -> Path:
+    output = swap(recipe)
+    assert "report.html" in output
+    return recipe.parent / "work"
+
+
+def test_every_artifact_loads_in_stock_transformers_and_holds_together(work: Path) -> None:
+    for arm in ("clip", "clips"):
+        encoder, info = CLIPVisionModel.from_pretrained(work / arm / "encoder", output_loading_info=True)
+        assert not any(info.values())
+        assert encoder.config.image_size == 48
+        llava, info = LlavaForConditionalGeneration.from_pretrained(work / arm / "llava", output_loading_info=True)
+        assert not any(info.values())
+        tower = llava.model.vision_tower.state_dict()
+        for name, tensor in encoder.state_dict().items():  # frozen through both stages, bfloat16 on the way
+            assert tower[name.removeprefix("vision_model.")].equal(tensor.bfloat16().to(tower[name].dtype))
+        parents = manifest.read(work / arm / "results", "results").parents
+        assert parents["model"].fingerprint == manifest.read(work / arm / "llava", "llava").fingerprint
+    weights = [load_file(work / arm / "llava" / "model.safetensors") for arm in ("clip", "clips")]
+    assert any(not weights[0][name].equal(weights[1][name]) for name in weights[0])
+
+
+def test_every_question_has_a_row_and_the_report_compares_the_arms(work: Path) -> None:
+    for arm in ("clip", "clips"):
+        results = json.loads((work / arm / "results" / "results.json").read_text())
+        rows = [json.loads(line) for line in (work / arm / "results" / "samples.jsonl").read_text().splitlines()]
+        assert set(results["benches"]) == {"mme", "pope", "gqa", "textvqa"}
+        for name, bench in results["benches"].items():
+            assert bench["answered"] == bench["questions"] == sum(row["bench"] == name for row in rows) > 0
+    page = (work / "report.html").read_text()
+    assert "clips" in page
+    assert "http://" not in page.replace("http://www.w3.org/", "")
+    assert json.loads((work / "report.json").read_text())["names"] == ["clip", "clips"]
+    assert "Everything but the encoder is equal" in page
+
+
+def test_a_second_run_does_nothing_and_a_change_only_what_depends_on_it(recipe: Path, work: Path) -> None:
+    again = swap(recipe)
+    assert "all is up to date" in again
+    assert " starts" not in again
+    assert "clips against clip" in again  # the table is shown all the same
+    samples = work / "clips" / "results" / "samples.jsonl"
+    samples.write_text(samples.read_text() + "\n")  # somebody touches a result
+    mended = swap(recipe)
+    ran = [line.split("]")[0][1:] for line in mended.splitlines() if line.endswith(" starts")]
+    assert ran == ["clips/results"] or ran == ["clips/results", "report"]
