@@ -20,7 +20,7 @@ from typing import Any
 from encoders.errors import DataError, UsageError
 
 MANIFEST = "manifest.json"
-KINDS = ("scenes", "llm", "encoder-run", "encoder", "llava", "results", "report", "checkpoint")
+KINDS = ("scenes", "llm", "encoder-run", "encoder", "llava", "results", "checkpoint")
 VERSIONED = ("torch", "torchvision", "transformers", "accelerate", "peft", "safetensors", "lmms-eval")
 
 
