@@ -50,5 +50,7 @@ class DualEncoder(nn.Module):
         self.config = replace(self.config, vision=self.vision.config)
 
     def scale(self) -> Tensor:
-        """1/temperature, at most 100 as in CLIP."""
-        return self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+        """1/temperature, at most 100 as in CLIP: the parameter itself is held there, so that it can come back."""
+        with torch.no_grad():
+            self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        return self.logit_scale.exp()

@@ -37,8 +37,9 @@ def info_nce(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     rank = dist.get_rank() if _distributed() else 0
     labels = torch.arange(len(image), device=image.device) + rank * len(image)
     image, text = image.float(), text.float()
-    image_logits = logit_scale * image @ gather(text).T  # (B,E) x (E,W*B) -> (B,W*B)
-    text_logits = logit_scale * text @ gather(image).T
+    with torch.autocast(image.device.type, enabled=False):  # bfloat16 logits would be rounded to sixteenths
+        image_logits = logit_scale * image @ gather(text).T  # (B,E) x (E,W*B) -> (B,W*B)
+        text_logits = logit_scale * text @ gather(image).T
     return (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
 
 

@@ -5,14 +5,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from encoders.errors import ModelError
+
 
 def retrieval_ranks(image: Tensor, text: Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Rank of the first hit for every query, image->text and text->image, each (n,) int64; 0 is a hit at 1.
 
     image, text: L2-normalised (n,E), row i of one belongs to row i of the other; captions: the n texts. Pictures that
     share a caption are hits for each other. A rank counts the candidates that are no hit and score higher than the best
-    hit; ties go against the query.
+    hit; ties go against the query. Raises ModelError if a feature is not finite.
     """
+    if not (image.isfinite().all() and text.isfinite().all()):
+        raise ModelError("the encoder gives features that are not finite; look at the run's last losses")
     group: dict[str, int] = {}
     labels = torch.tensor([group.setdefault(caption, len(group)) for caption in captions])
     hit = labels[:, None] == labels[None, :]  # (n,n), symmetric

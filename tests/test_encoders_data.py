@@ -9,12 +9,13 @@ import pytest
 import torch
 from pair_shards import sample, write_shards
 from PIL import Image
+from torch.utils.data import DataLoader
 from transformers import BertTokenizer, CLIPImageProcessor
 
 from encoders.config import EncoderConfig, PreprocessConfig, TextConfig, VisionConfig
 from encoders.data.captions import sentences, short_piece
 from encoders.data.pairs import Ledger, TrainingPairs, collate, evaluation_set
-from encoders.data.shards import StepOrder, TarSamples
+from encoders.data.shards import StepOrder, TarSamples, split_name
 from encoders.data.tokenizers import CaptionTokenizer
 from encoders.data.transforms import decode, eval_transform, train_transform
 from encoders.errors import DataError, UsageError
@@ -42,6 +43,18 @@ def test_samples_come_back_as_they_were_written(tmp_path: Path) -> None:
         expected = sample(index, 40)
         found = got[f"{index:05d}"]
         assert (found.image, found.web, found.short, found.long) == tuple(expected.values())
+
+
+def test_forked_workers_read_what_the_parent_reads(tmp_path: Path) -> None:
+    samples = TarSamples(write_shards(tmp_path / "shards", 200, shards=1))
+    alone = [samples[i].image for i in range(200)]  # opens the shard before the workers are forked
+    loader = DataLoader(samples, batch_size=1, num_workers=4, collate_fn=lambda one: one[0].image)
+    assert list(loader) == alone
+
+
+def test_keys_are_split_as_webdataset_splits_them() -> None:
+    names = {"./000.jpg": ("000", "jpg"), "v1.0/a.b.JPG": ("v1.0/a", "b.jpg"), "x.json": ("x", "json")}
+    assert {name: split_name(name) for name in names} == names
 
 
 def test_missing_empty_and_truncated_folders_are_named(tmp_path: Path) -> None:

@@ -28,6 +28,15 @@ def test_info_nce_and_gradients_equal_open_clip() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_logits_are_float32_under_autocast() -> None:
+    image, text = (F.normalize(torch.randn(12, 16), dim=-1) for _ in range(2))
+    scale = torch.tensor(90.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = info_nce(image.bfloat16().float(), text.bfloat16().float(), scale)
+    exact = info_nce(image.bfloat16().float(), text.bfloat16().float(), scale)
+    assert rounded == exact
+
+
 def test_caption_loss_is_the_mean_over_targets() -> None:
     logits, targets = torch.randn(7, 11), torch.randint(11, (7,))
     expected = -sum(logits[i].double().log_softmax(0)[targets[i]] for i in range(7)) / 7

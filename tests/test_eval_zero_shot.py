@@ -1,8 +1,10 @@
 """Retrieval ranks against a loop that sorts."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
+from encoders.errors import ModelError
 from eval.zero_shot import chance_r1, recalls, retrieval_ranks
 
 
@@ -22,6 +24,11 @@ def test_ties_go_against_the_query() -> None:
     same = F.normalize(torch.ones(4, 3), dim=-1)
     i2t, t2i = retrieval_ranks(same, same, list("abcd"))
     assert i2t.tolist() == t2i.tolist() == [3, 3, 3, 3]  # a collapsed encoder scores nothing
+
+
+def test_a_broken_encoder_has_no_score() -> None:
+    with pytest.raises(ModelError, match="not finite"):
+        retrieval_ranks(torch.full((2, 3), torch.nan), torch.ones(2, 3), ["a", "b"])
 
 
 def test_recalls_and_chance() -> None:

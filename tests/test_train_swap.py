@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
 from encoders import manifest
+from train.swap import Runner, Stage, StageFailed
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,7 +47,6 @@ def write_recipes(folder: Path, llm: Path) -> Path:
         **{stage: str(folder / f"{stage}.yaml") for stage in ("resolution", "projector", "lora")},
         "llm": str(llm),
         "scenes": sizes,
-        "bench_data": str(scenes / "bench"),
         "launch": ["--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"],
         "jobs": 2,
     }
@@ -59,6 +59,43 @@ def swap(recipe: Path, *options: str) -> str:
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=550)
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-2000:]
     return finished.stdout
+
+
+WRITER = """
+import sys, pathlib
+from encoders import manifest
+from train.swap import Runner, Stage, StageFailed
+out = pathlib.Path(sys.argv[sys.argv.index("--run.out") + 1])
+out.mkdir(parents=True, exist_ok=True)
+with (out / "runs.txt").open("a") as stream:
+    stream.write(" ".join(sys.argv[1:]) + chr(10))
+if "--fail" in sys.argv and "--resume" not in sys.argv:
+    sys.exit(3)
+manifest.seal(out, "encoder-run", {})
+"""
+
+
+def test_runner_skips_resumes_and_sets_aside(tmp_path: Path) -> None:
+    data, recipe, out = tmp_path / "data.txt", tmp_path / "recipe.yaml", tmp_path / "work" / "arm" / "pretrain"
+    data.write_text("one")
+    recipe.write_text("{run: {steps: 3, log_every: 1}}")
+
+    def run(*words: str) -> int:
+        command = ["--run.out", str(out), *words]
+        stage = Stage("arm/pretrain", command, [data], out, program=(sys.executable, "-c", WRITER), recipe=recipe)
+        return Runner(tmp_path / "work", jobs=1).run([stage])
+
+    assert [run(), run()] == [1, 0]
+    recipe.write_text("# a comment\n{run: {steps: 3, log_every: 5}}")  # nothing that decides the result
+    assert run() == 0
+    data.write_text("two")
+    assert run() == 1
+    [old] = (tmp_path / "work" / "old").iterdir()
+    assert (old / "runs.txt").read_text().count("\n") == 1  # the first run is still there
+    with pytest.raises(StageFailed, match="arm/pretrain ended with code 3"):
+        run("--fail")
+    assert run("--fail") == 1
+    assert "--resume" in (out / "runs.txt").read_text().splitlines()[-1]
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from encoders import manifest
 from encoders.errors import DataError, UsageError
+from train.config import FREE_RUN_KEYS
 
 FOLDER = "checkpoints"
-# Settings of a run that may change across a resume because they cannot change its result.
-FREE_KEYS = ("out", "resume", "workers", "log_every", "eval_every", "save_every", "keep", "tracker")
 
 
 @dataclass
@@ -59,7 +58,7 @@ def save(
             shutil.rmtree(final)
         aside.rename(final)
         manifest.fsync_directory(folder)
-        for old in _complete(out)[:-keep]:
+        for old in [other for other in _complete(out) if other.name <= final.name][:-keep]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
@@ -108,7 +107,7 @@ def load(
 def changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Settings that differ between two resolved configs, apart from those that cannot change a result."""
     old, new = _flat(before), _flat(json.loads(json.dumps(now, default=str)))
-    free = tuple(f"run.{name}" for name in FREE_KEYS)
+    free = tuple(f"run.{name}" for name in FREE_RUN_KEYS)
     names = sorted(name for name in old.keys() | new.keys() if not name.endswith(free))
     return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
 

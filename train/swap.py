@@ -9,33 +9,35 @@ fingerprints of its inputs are those of the last run and its output is untouched
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from encoders import manifest
 from encoders.errors import DataError, SwapError, run_command
-from train.config import SwapConfig, parse
+from train.config import FREE_RUN_KEYS, SwapConfig, load_yaml, parse
 
 TRAIN = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command: what it reads (artifacts, files), the one path it writes, and the stages it waits for."""
+    """One command: what decides its result (words, recipe, inputs), the one path it writes, what it waits for."""
 
     name: str
     command: list[str]
+    """Words after the program; paths, options."""
     inputs: list[Path]
     out: Path
     after: list["Stage"] = field(default_factory=list)
-    resumable: bool = False
+    program: tuple[str, ...] = ()
+    """Interpreter, launcher and script: they run the stage but do not identify it."""
+    recipe: Path | None = None
+    """YAML of a training stage, which can then resume."""
 
 
 def main() -> None:
@@ -49,69 +51,74 @@ def main() -> None:
 
 def plan(config: SwapConfig) -> list[Stage]:
     """All stages, each after those it waits for; the last one writes the report."""
-    work = config.work
+    work, scenes = config.work, config.work / "scenes"
     stages: list[Stage] = []
 
-    def add(
-        name: str, command: Iterable[object], inputs: list[Path], out: Path, after: list[Stage], **kind: bool
-    ) -> Stage:
-        stages.append(Stage(name, [str(word) for word in command], inputs, out, after, **kind))
+    def add(name: str, module: str, words: list[object], inputs: list[Path], out: Path, after: list[Stage]) -> Stage:
+        program = (sys.executable, "-m", module)
+        stages.append(Stage(name, [str(word) for word in words], inputs, out, after, program))
         return stages[-1]
 
-    def training(
-        name: str, script: str, recipe: Path, inputs: list[Path], after: list[Stage], *options: object
-    ) -> Stage:
-        launch = [sys.executable, "-m", "accelerate.commands.launch", *config.launch, TRAIN / script]
-        command = [*launch, "--config", recipe, "--run.out", work / name, *options]
-        return add(name, command, [recipe, *inputs], work / name, after, resumable=True)
+    def train(name: str, script: str, recipe: Path, inputs: list[Path], after: list[Stage], *words: object) -> Stage:
+        program = (sys.executable, "-m", "accelerate.commands.launch", *config.launch, str(TRAIN / script))
+        options = [*words, *_scene_options(script, words, scenes)] if config.scenes is not None else list(words)
+        read = [*inputs, scenes] if config.scenes is not None else [*inputs, *_data_of(recipe)]
+        command = ["--config", str(recipe), "--run.out", str(work / name), *map(str, options)]
+        stages.append(Stage(name, command, read, work / name, after, program, recipe))
+        return stages[-1]
 
     data: list[Stage] = []
     if config.scenes is not None:
         options = [f"--{name.replace('_', '-')}={value}" for name, value in config.scenes.items()]
-        module = [sys.executable, "-m", "encoders.data.scenes"]
-        data = [add("scenes", [*module, work / "scenes", *options, "--overwrite"], [], work / "scenes", [])]
+        data = [add("scenes", "encoders.data.scenes", [scenes, *options, "--overwrite"], [], scenes, [])]
     llm, llm_ready = config.llm, []
     if llm is None:
         llm = work / "llm"
-        module = [sys.executable, "-m", "llava_adapter.demo_llm"]
-        llm_ready = [add("llm", [*module, llm, "--overwrite"], [], llm, [])]
-    scenes = [stage.out for stage in data]
+        llm_ready = [add("llm", "llava_adapter.demo_llm", [llm, "--overwrite"], [], llm, [])]
+    bench = scenes / "bench" if config.scenes is not None else config.bench_data
+    asked: list[object] = ["--bench", ",".join(config.bench), "--batch-size", config.eval_batch_size, "--overwrite"]
+    asked += ["--data", bench] if bench is not None else []
+    asked += ["--limit", config.limit] if config.limit is not None else []
 
     results, runs = [], []
     for arm, recipe in config.arms.items():
-        run = training(f"{arm}/pretrain", "pretrain.py", recipe, scenes, data)
+        run = train(f"{arm}/pretrain", "pretrain.py", recipe, [], data)
         if config.resolution is not None:
-            run = training(
-                f"{arm}/resolution",
-                "finetune_resolution.py",
-                config.resolution,
-                [run.out, *scenes],
-                [run],
-                "--init",
-                run.out,
-            )
-        export = [sys.executable, "-m", "encoders.export", run.out, work / arm / "encoder", "--overwrite"]
-        encoder = add(f"{arm}/encoder", export, [run.out], work / arm / "encoder", [run])
-        parts = ["--stage", "projector", "--encoder", encoder.out, "--llm", llm]
-        after = [encoder, *llm_ready]
-        projector = training(
-            f"{arm}/projector", "tune_llava.py", config.projector, [encoder.out, llm, *scenes], after, *parts
-        )
-        parts = ["--stage", "lora", "--llava", projector.out]
-        llava = training(f"{arm}/llava", "tune_llava.py", config.lora, [projector.out, *scenes], [projector], *parts)
-        evaluate = [sys.executable, "-m", "eval.run", "--model", llava.out, "--bench", ",".join(config.bench)]
-        evaluate += ["--out", work / arm / "results", "--overwrite", "--batch-size", config.eval_batch_size]
-        evaluate += ["--data", config.bench_data] if config.bench_data is not None else []
-        evaluate += ["--limit", config.limit] if config.limit is not None else []
-        bench = [config.bench_data] if config.bench_data is not None else []
-        results.append(add(f"{arm}/results", evaluate, [llava.out, *bench], work / arm / "results", [llava]))
+            script = "finetune_resolution.py"
+            run = train(f"{arm}/resolution", script, config.resolution, [run.out], [run], "--init", run.out)
+        folder = work / arm / "encoder"
+        encoder = add(f"{arm}/encoder", "encoders.export", [run.out, folder, "--overwrite"], [run.out], folder, [run])
+        words: list[object] = ["--stage", "projector", "--encoder", folder, "--llm", llm]
+        ready = [encoder, *llm_ready]
+        projector = train(f"{arm}/projector", "tune_llava.py", config.projector, [folder, llm], ready, *words)
+        words = ["--stage", "lora", "--llava", projector.out]
+        llava = train(f"{arm}/llava", "tune_llava.py", config.lora, [projector.out], [projector], *words)
+        folder = work / arm / "results"
+        read = [llava.out, *([bench] if bench is not None else [])]
+        words = ["--model", llava.out, "--out", folder]
+        results.append(add(f"{arm}/results", "eval.run", [*words, *asked], read, folder, [llava]))
         runs.append(run)
 
     out = work / "report.html"
-    compare = [sys.executable, "-m", "eval.compare", *(stage.out for stage in results), "--out", out]
-    compare += ["--name", *config.arms, "--encoders", *(run.out for run in runs)]
-    add("report", compare, [stage.out for stage in [*results, *runs]], out, [*results, *runs])
+    folders = [stage.out for stage in results]
+    words = ["--out", out, "--name", *config.arms, "--encoders", *(run.out for run in runs)]
+    read = [*folders, *(run.out for run in runs)]
+    add("report", "eval.compare", [*folders, *words], read, out, [*results, *runs])
     return stages
+
+
+def _scene_options(script: str, words: tuple[object, ...], scenes: Path) -> list[str]:
+    """Point a training stage at the scenes of this pipeline, whatever its recipe names."""
+    if script == "tune_llava.py":
+        chats = "chats_caption.json" if "projector" in words else "chats.json"
+        return [f"--data.chats={scenes / chats}", f"--data.images={scenes}"]
+    return [f"--data.{split}={scenes / 'shards' / split}" for split in ("train", "val", "test")]
+
+
+def _data_of(recipe: Path) -> list[Path]:
+    """The data that a recipe names, so that a change of it is seen."""
+    data = load_yaml(recipe).get("data", {})
+    return [Path(data[name]) for name in ("train", "val", "test", "chats") if name in data]
 
 
 class Runner:
@@ -160,12 +167,12 @@ class Runner:
         if before.get("key") == key and _untouched(stage.out, before.get("fingerprint")):
             print(f"[{stage.name}] up to date")
             return False
-        command = list(stage.command)
-        if stage.resumable and stage.out.exists():
+        command = [*stage.program, *stage.command]
+        if stage.recipe is not None and stage.out.exists():
             if before.get("key") == key and "fingerprint" not in before:
                 command.append("--resume")  # the same run, interrupted
             else:
-                shutil.rmtree(stage.out)
+                self._set_aside(stage)
         manifest.write_json(record, {"key": key})
         began = time.monotonic()
         print(f"[{stage.name}] starts", flush=True)
@@ -173,6 +180,13 @@ class Runner:
         manifest.write_json(record, {"key": key, "fingerprint": manifest.fingerprint(stage.out)})
         print(f"[{stage.name}] done in {time.monotonic() - began:.0f} s", flush=True)
         return True
+
+    def _set_aside(self, stage: Stage) -> None:
+        """A run that is out of date may have cost days: it is moved, never deleted."""
+        old = self.work / "old" / f"{stage.name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+        old.parent.mkdir(exist_ok=True)
+        stage.out.rename(old)
+        print(f"[{stage.name}] its settings or inputs have changed; the earlier run is now {old}")
 
     def _execute(self, stage: Stage, command: list[str]) -> None:
         log = self.log(stage)
@@ -195,9 +209,12 @@ class StageFailed(SwapError):
 
 
 def stage_key(stage: Stage) -> str:
-    """Identity of a stage's work: its command and the content of everything it reads."""
+    """Identity of a stage's work: its words, what its recipe says, and the content of everything it reads."""
+    recipe = load_yaml(stage.recipe) if stage.recipe is not None else {}
+    settings = {name: value for name, value in recipe.get("run", {}).items() if name not in FREE_RUN_KEYS}
     inputs = {str(path): manifest.fingerprint(path) for path in stage.inputs}
-    return hashlib.sha256(json.dumps([stage.command, inputs]).encode()).hexdigest()
+    identity = [stage.command, {**recipe, "run": settings}, inputs]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _untouched(out: Path, fingerprint: str | None) -> bool:

@@ -5,6 +5,7 @@ function of (seed, epoch, step), so a resumed run computes its position and read
 """
 
 import json
+import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from encoders.errors import DataError, UsageError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
 CAPTIONS = ("web", "short", "long")
+OPEN_SHARDS = 64
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,11 @@ class TarSamples:
 
     def _read(self, shard: int, member: Member) -> bytes:
         if shard not in self._streams:
+            if len(self._streams) >= OPEN_SHARDS:
+                self._streams.pop(next(iter(self._streams))).close()
             self._streams[shard] = self.shards[shard].open("rb")
-        stream = self._streams[shard]
-        stream.seek(member.offset)
-        return stream.read(member.size)
+        # pread and not seek: forked loader workers share the file's position.
+        return os.pread(self._streams[shard].fileno(), member.size, member.offset)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_streams": {}}  # open files do not travel to loader workers
@@ -111,7 +114,7 @@ def scan(shard: Path, index: int) -> list[Entry]:
             for info in tar:
                 if not info.isfile():
                     continue
-                key, _, suffix = info.name.partition(".")
+                key, suffix = split_name(info.name)
                 parts = samples.setdefault(key, {})
                 if suffix in parts:
                     raise DataError(f"{shard}: member {info.name!r} occurs twice; write the shard again")
@@ -128,11 +131,18 @@ def scan(shard: Path, index: int) -> list[Entry]:
     return [_entry(shard, index, key, parts) for key, parts in samples.items()]
 
 
+def split_name(member: str) -> tuple[str, str]:
+    """(key, suffix) of a member as webdataset splits it: at the first dot of its last path part."""
+    folder, slash, name = member.removeprefix("./").rpartition("/")
+    stem, _, suffix = name.partition(".")
+    return folder + slash + stem, suffix.lower()
+
+
 def _entry(shard: Path, index: int, key: str, parts: dict[str, Member]) -> Entry:
     images = [suffix for suffix in IMAGE_SUFFIXES if suffix in parts]
     if len(images) != 1 or "json" not in parts:
         wanted = f"one of .{', .'.join(IMAGE_SUFFIXES)} and a .json"
-        raise DataError(f"{shard}: sample {key!r} has members {sorted(parts)} but needs {wanted}")
+        raise DataError(f"{shard}: sample {key!r} has members {sorted(parts)[:5]} but needs {wanted}")
     return Entry(index, key, parts[images[0]], parts["json"])
 
 

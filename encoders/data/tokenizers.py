@@ -23,6 +23,8 @@ class CaptionTokenizer:
         cls = tokenizer.token_to_id("[CLS]")
         if cls is None or cls in (PAD, BOS, EOS):
             raise ModelError("the tokenizer has no [CLS] token beside ids 0, 1 and 2; a WordPiece vocabulary is needed")
+        tokenizer.no_truncation()  # the layout is ours, whatever the file says
+        tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._cls = cls
 
@@ -61,7 +63,9 @@ class CaptionTokenizer:
 
     def save(self, folder: Path) -> None:
         """Write `folder/tokenizer.json`."""
-        self._tokenizer.save(str(folder / FILE))
+        aside = folder / f".{FILE}.partial"
+        self._tokenizer.save(str(aside))
+        aside.replace(folder / FILE)
 
     @property
     def size(self) -> int:
