@@ -94,7 +94,8 @@ def test_runner_skips_resumes_and_sets_aside(tmp_path: Path) -> None:
     assert (old / "runs.txt").read_text().count("\n") == 1  # the first run is still there
     with pytest.raises(StageFailed, match="arm/pretrain ended with code 3"):
         run("--fail")
-    assert run("--fail") == 1
+    assert run("--fail") == 1  # and "two" has been set aside too
+    assert len(list((tmp_path / "work" / "old").iterdir())) == 2
     assert "--resume" in (out / "runs.txt").read_text().splitlines()[-1]
 
 

@@ -15,6 +15,7 @@ import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 from encoders import manifest
@@ -183,8 +184,10 @@ class Runner:
 
     def _set_aside(self, stage: Stage) -> None:
         """A run that is out of date may have cost days: it is moved, never deleted."""
-        old = self.work / "old" / f"{stage.name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
-        old.parent.mkdir(exist_ok=True)
+        folder = self.work / "old"
+        folder.mkdir(exist_ok=True)
+        name = stage.name.replace("/", "-")
+        old = next(path for n in count(1) if not (path := folder / f"{name}-{n}").exists())
         stage.out.rename(old)
         print(f"[{stage.name}] its settings or inputs have changed; the earlier run is now {old}")
 
