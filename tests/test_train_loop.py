@@ -15,6 +15,8 @@ from pair_shards import sample, write_shards
 from safetensors.torch import load_file
 
 from encoders import encoder_run, manifest
+from encoders.errors import DataError
+from train import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, SAVE_EVERY = 24, 5
@@ -116,3 +118,33 @@ def test_sigkill_at_a_random_step_and_resume_is_bit_for_bit_the_same(
     ]
     first, second = (manifest.read(folder).metrics for folder in (uninterrupted, out))
     assert first == second
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert checkpoint.newest(tmp_path) is None
+    for step in (1, 2):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(bytes(100))
+        manifest.seal(folder, "checkpoint", {})
+    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoints" / "step-00000002"
+    for step, expected in ((2, "step-00000001"), (1, None)):
+        file = tmp_path / "checkpoints" / f"step-{step:08d}" / "model.safetensors"
+        stat = file.stat()
+        file.write_bytes(bytes(99) + b"!")
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # size and time tell nothing
+        if expected:
+            assert checkpoint.newest(tmp_path) == tmp_path / "checkpoints" / expected
+            assert "step-00000002 is damaged and is passed over" in capsys.readouterr().out
+    with pytest.raises(DataError, match="every checkpoint .* is damaged"):
+        checkpoint.newest(tmp_path)
+
+
+def test_two_ranks_are_one_run(shards: Path, tmp_path: Path) -> None:
+    script = command(shards, tmp_path / "run", "--run.steps", "3")[3:]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    finished = subprocess.run([*torchrun, *script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert manifest.read(tmp_path / "run").metrics["samples_seen"] == 3 * 16
+    [saved] = (tmp_path / "run" / "checkpoints").iterdir()
+    assert len(list(saved.glob("random-*.safetensors"))) == 2

@@ -6,6 +6,7 @@ end. Checkpoints, resume, logging, the finite-loss guard and the run's status ar
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,7 +76,12 @@ def build_accelerator(run: RunConfig) -> Accelerator:
     if run.threads:
         torch.set_num_threads(run.threads)
     project = ProjectConfiguration(project_dir=str(run.out), logging_dir=str(run.out / "tracker"))
-    accelerator = Accelerator(mixed_precision=run.precision, log_with=run.tracker, project_config=project)
+    # Without `cpu` Accelerate takes every rank on a CPU machine for a run of its own.
+    on_cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=run.precision, log_with=run.tracker, project_config=project)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise UsageError(f"{launched} processes were launched but Accelerate sees {accelerator.num_processes}")
     if run.tracker and not accelerator.log_with:
         raise UsageError(f"run.tracker {run.tracker} is not installed; pip install {run.tracker} or leave it out")
     torch.manual_seed(run.seed)
