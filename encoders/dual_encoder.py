@@ -1,9 +1,10 @@
 """Image tower, text tower and temperature: what every contrastive objective shares, and what zero-shot evaluation uses.
 
-Shapes: B batch, H image side, N patches, L text tokens, E joint embedding.
+Shapes: B batch, H image side, N patches, L text slots, E joint embedding.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +15,7 @@ from encoders.config import EncoderConfig
 from encoders.text import TextTower
 from encoders.vision import VisionTower
 
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 MAX_LOGIT_SCALE = math.log(100)
 
 
@@ -28,7 +30,7 @@ class DualEncoder(nn.Module):
         self.config = config
         self.vision = VisionTower(config.vision, config.embed_dim)
         self.text = TextTower(config.text, config.embed_dim)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
         self.register_buffer("mean", torch.tensor(config.preprocess.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.preprocess.std).view(3, 1, 1), persistent=False)
 
@@ -38,19 +40,30 @@ class DualEncoder(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """uint8 (B,3,H,H) -> L2-normalised (B,E)."""
-        return F.normalize(self.vision(self.normalise(images))[1].float(), dim=-1)
+        return unit(self.vision(self.normalise(images))[1])
 
-    def encode_text(self, input_ids: Tensor) -> Tensor:
-        """(B,L) -> L2-normalised (B,E)."""
-        return F.normalize(self.text(input_ids)[1].float(), dim=-1)
+    def encode_patches(self, images: Tensor) -> Tensor:
+        """uint8 (B,3,H,H) -> patch tokens in the joint space, L2-normalised (B,N,E), row by row over the grid."""
+        return unit(self.vision.project_patches(self.vision(self.normalise(images))[0]))
+
+    def encode_text(self, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        """(B,L) ids and B numbers of real tokens -> L2-normalised (B,E)."""
+        return unit(self.text(input_ids, lengths))
 
     def resize(self, image_size: int) -> None:
         """Take pictures of another size from now on: position table and config change together."""
         self.vision.resize(image_size)
         self.config = replace(self.config, vision=self.vision.config)
 
-    def scale(self) -> Tensor:
-        """1/temperature, at most 100 as in CLIP: the parameter itself is held there, so that it can come back."""
-        with torch.no_grad():
-            self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-        return self.logit_scale.exp()
+    def factor(self, logit_scale: nn.Parameter) -> Tensor:
+        """1/temperature. Where the config clamps it, the parameter itself is held at the bound, so that it can come
+        back."""
+        if self.config.clamp_logit_scale:
+            with torch.no_grad():
+                logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        return logit_scale.exp()
+
+
+def unit(x: Tensor) -> Tensor:
+    """Last axis to length 1, in float32 or better."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)

@@ -13,7 +13,8 @@ from encoders.data.tokenizers import FILE as TOKENIZER_FILE
 from encoders.data.tokenizers import CaptionTokenizer
 from encoders.dual_encoder import DualEncoder
 from encoders.errors import ModelError
-from encoders.objectives import Objective, build
+from encoders.objective import Objective
+from encoders.objectives import build
 
 CONFIG_FILE, WEIGHTS_FILE = "encoder.json", "model.safetensors"
 FILES = (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE)
@@ -45,4 +46,4 @@ def load(folder: Path) -> tuple[Objective, CaptionTokenizer]:
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise ModelError(f"{folder / WEIGHTS_FILE}: tensor {name} is not finite; do not use this run")
-    return model.eval(), CaptionTokenizer.read(folder)
+    return model.eval(), CaptionTokenizer.read(folder, model.config.text.kind)

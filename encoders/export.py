@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from encoders import manifest
-from encoders.errors import ParityError, run_command
+from encoders.errors import ModelError, ParityError, run_command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,8 @@ def cli() -> None:
 def export(run: Path, out: Path, overwrite: bool = False) -> None:
     """Write the run's image tower to `out`.
 
-    Raises DataError if `run` is not a finished encoder run, ModelError if its files disagree, UsageError if `out` is
+    Raises DataError if `run` is not a finished encoder run, ModelError if its files disagree or its tower has no norm
+    before the blocks, UsageError if `out` is
     taken, ParityError if what was written does not compute what was trained.
     """
     manifest.read(run, "encoder-run")
@@ -42,6 +43,11 @@ def export(run: Path, out: Path, overwrite: bool = False) -> None:
     from encoders import encoder_run
 
     model, _ = encoder_run.load(run)
+    if not model.config.vision.pre_norm:
+        raise ModelError(
+            f"{run} has no norm before its blocks (vision.pre_norm: false), which CLIPVisionModel always has; such a "
+            "tower cannot be exported yet: train with pre_norm: true what is to go into an MLLM"
+        )
     with manifest.create(out, "encoder", model.config.to_dict(), {"run": run}, overwrite) as draft:
         write_folder(model, draft.path)
         parity = certify(model, draft.path)

@@ -31,12 +31,14 @@ def hf_config(config: VisionConfig, embed_dim: int) -> CLIPVisionConfig:
 
 
 class VisionTower(nn.Module):
-    """CLIPVisionModel, class-token pooling, bias-free projection (B,3,H,W) -> patch tokens and pooled embedding."""
+    """CLIPVisionModel, pooling and bias-free projection: (B,3,H,W) -> patch tokens and pooled embedding."""
 
     def __init__(self, config: VisionConfig, embed_dim: int):
         super().__init__()
         self.config = config
         self.model = CLIPVisionModel(hf_config(config, embed_dim))
+        if not config.pre_norm:
+            self.model.add_module("pre_layrnorm", nn.Identity())  # CLIPS towers have none; export folds its absence
         self.projection = nn.Linear(config.width, embed_dim, bias=False)
         nn.init.normal_(self.projection.weight, std=config.width**-0.5)
         if config.position_table == "sincos2d":
@@ -46,7 +48,19 @@ class VisionTower(nn.Module):
         """Normalised pixels (B,3,H,W) -> patch tokens before the final norm (B,N,D) and pooled embedding (B,E)."""
         output = self.model(pixel_values=pixel_values)
         patch_tokens = output.last_hidden_state[:, 1:]  # (B,1+N,D) -> (B,N,D)
-        return patch_tokens, self.projection(output.pooler_output)
+        return patch_tokens, self.projection(self._pool(output.pooler_output, patch_tokens))
+
+    def project_patches(self, patch_tokens: Tensor) -> Tensor:
+        """Patch tokens before the final norm (B,N,D) -> in the joint space (B,N,E)."""
+        return self.projection(self.model.post_layernorm(patch_tokens))
+
+    def _pool(self, class_token: Tensor, patch_tokens: Tensor) -> Tensor:
+        norm = self.model.post_layernorm
+        if self.config.pool == "class":
+            return class_token  # (B,D), normed by CLIPVisionModel
+        return (
+            norm(patch_tokens.mean(1)) if self.config.norm_after_pool else norm(patch_tokens).mean(1)
+        )  # (B,N,D) -> (B,D)
 
     def resize(self, image_size: int) -> None:
         """Fit the position table to a new resolution: learned tables are interpolated on their 2-d grid with the class

@@ -4,27 +4,28 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "white": (240, 240, 240)}
 
 
-def write_shards(
-    folder: Path, samples: int, shards: int = 2, side: int = 40, **replace: dict[int, bytes | str]
-) -> Path:
-    """`samples` samples over `shards` tars. `replace` maps a field (image, web, ...) to {index: other content}."""
+def write_shards(folder: Path, samples: int, shards: int = 2, side: int = 40, **replace: dict[int, Any]) -> Path:
+    """`samples` samples over `shards` tars. `replace` maps a field (image, web, ...) to {index: other content}; a
+    caption of None is left out."""
     folder.mkdir(parents=True)
     for shard in range(shards):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for index in range(shard, samples, shards):
                 fields = sample(index, side) | {name: new[index] for name, new in replace.items() if index in new}
                 add(tar, f"{index:05d}.jpg", fields.pop("image"))
-                add(tar, f"{index:05d}.json", json.dumps(fields).encode())
+                captions = {name: caption for name, caption in fields.items() if caption is not None}
+                add(tar, f"{index:05d}.json", json.dumps(captions).encode())
     return folder
 
 
-def sample(index: int, side: int) -> dict[str, bytes | str]:
+def sample(index: int, side: int) -> dict[str, Any]:
     name = list(COLOURS)[index % len(COLOURS)]
     shade = tuple(max(0, value - index // 4 % 30) for value in COLOURS[name])
     stream = io.BytesIO()

@@ -36,7 +36,7 @@ def run(tmp_path: Path) -> Path:
             parameter.add_(torch.randn_like(parameter) * 0.05)
     folder = tmp_path / "run"
     folder.mkdir()
-    encoder_run.save(folder, model, CaptionTokenizer.train(["a red square"], 60))
+    encoder_run.save(folder, model, CaptionTokenizer.train(["a red square"], 60, "bert"))
     manifest.seal(folder, "encoder-run", {}, metrics={"retrieval": {"i2t_r1": 0.5}})
     return folder
 

@@ -55,6 +55,7 @@ def test_no_module_is_named_like_a_dependency() -> None:
         (["-m", "encoders.export"], 2),
         (["-m", "eval.run", "--help"], 0),
         (["-m", "eval.compare", "--help"], 0),
+        (["-m", "eval.zero_shot_run", "--help"], 0),
         (["train/pretrain.py", "--help"], 0),
         (["train/pretrain.py", "--run.stepz", "3"], 2),
         (["train/tune_llava.py", "--stage", "lora"], 2),

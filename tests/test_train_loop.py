@@ -15,6 +15,7 @@ from pair_shards import sample, write_shards
 from safetensors.torch import load_file
 
 from encoders import encoder_run, manifest
+from encoders.data.tokenizers import CaptionTokenizer
 from encoders.errors import DataError
 from train import checkpoint
 
@@ -148,3 +149,32 @@ def test_two_ranks_are_one_run(shards: Path, tmp_path: Path) -> None:
     assert manifest.read(tmp_path / "run").metrics["samples_seen"] == 3 * 16
     [saved] = (tmp_path / "run" / "checkpoints").iterdir()
     assert len(list(saved.glob("random-*.safetensors"))) == 2
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank_before_the_update(shards: Path, tmp_path: Path) -> None:
+    options = ("--run.steps", "4", "--run.save_every", "1", "--optim.lr", "1e30", "--optim.warmup_steps", "0")
+    script = command(shards, tmp_path / "run", *options)[3:]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    finished = subprocess.run([*torchrun, *script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert finished.returncode != 0
+    written = json.loads((tmp_path / "run" / "non_finite.json").read_text())
+    assert [rank["rank"] for rank in written["ranks"]] == [0, 1]
+    ids = [i for rank in written["ranks"] for i in rank["sample_ids"]]
+    assert len(ids) == len(set(ids)) == 16
+    saved = [int(folder.name[-8:]) for folder in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert max(saved) == written["step"] - 1  # nothing was updated, let alone saved, after it
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["code"]) == ("failed", 4)
+
+
+def test_what_cannot_be_trained_is_refused_before_it_starts(shards: Path, tmp_path: Path) -> None:
+    vocabulary = launch(shards, tmp_path / "a", "--model.text.vocab_size", "20")
+    assert "below the" in vocabulary.stderr
+    batch = launch(shards, tmp_path / "b", "--run.batch_size", "5", "--run.micro_batches", "4")
+    assert "batch_size 5 does not divide into 1 rank(s) x 4 micro-batch(es)" in batch.stderr
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    CaptionTokenizer.train(["a red square " * 3], 60, "bert").save(tokenizer)
+    options = ("--model.text.tokenizer", str(tokenizer), "--model.text.vocab_size", "12")
+    ids = launch(shards, tmp_path / "c", *options)
+    assert "but model.text.vocab_size is 12" in ids.stderr

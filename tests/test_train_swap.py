@@ -32,7 +32,15 @@ def write_recipes(folder: Path, llm: Path) -> Path:
     tune = {"run": {**run, "steps": 3, "batch_size": 4}, "optim": {"weight_decay": 0.0}}
     recipes = {
         "clip": {**pretrain, "model": {**model, "objective": "clip"}},
-        "clips": {**pretrain, "model": {**model, "objective": "clips", "captioner": captioner, "piece_tokens": 8}},
+        "clips": {
+            **pretrain,
+            "model": {
+                **model,
+                "objective": "clips",
+                "captioner": captioner,
+                "clips": {"cut": "sub_caption", "cut_tokens": 8},
+            },
+        },
         "resolution": {"image_size": 48, **pretrain, "run": {**pretrain["run"], "steps": 2}},
         "projector": {**tune, "data": {**chats, "chats": str(scenes / "chats_caption.json")}},
         "lora": {**tune, "stage": "lora", "lora_r": 4, "data": {**chats, "chats": str(scenes / "chats.json")}},

@@ -4,6 +4,7 @@ An unknown key is refused with the nearest known one; a wrong type with what was
 """
 
 import difflib
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -13,8 +14,9 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from encoders.config import EncoderConfig
+from encoders.config import EncoderConfig, Preset, preset
 from encoders.errors import UsageError
+from eval.zero_shot_spec import ZeroShotSpec
 
 RECIPES = Path(__file__).parent / "recipes"
 # Settings of a run that cannot change its result: free to differ across a resume and between equal stages.
@@ -90,6 +92,8 @@ class PairData:
     """Scored once, by the finished model."""
     max_bad_fraction: float = 0.01
     """The run stops when a larger share of its samples is bad."""
+    zero_shot: tuple[ZeroShotSpec, ...] = ()
+    """Further evaluation sets, as of `eval-encoder`, scored whenever `val` is and once by the finished model."""
 
 
 @dataclass(frozen=True)
@@ -206,12 +210,41 @@ def parse(config_class: type[Config], default_recipe: str, arguments: Sequence[s
     parser.add_argument("--config", action="config", help="YAML file; later --key.sub value arguments override it")
     parser.add_argument("--resume", action="store_true", help="same as --run.resume true")
     parser.add_class_arguments(config_class, nested_key=None)
+    sizes = _preset_sizes(arguments)
     try:
-        namespace = parser.parse_args(arguments)
+        namespace = parser.parse_args([f"--config={json.dumps({'model': sizes})}", *arguments] if sizes else arguments)
     except ArgumentError as error:
         raise UsageError(str(error)) from error
-    instance = parser.instantiate(namespace)
+    try:
+        instance = parser.instantiate(namespace)
+    except ValueError as error:  # an optional section's own complaint comes wrapped
+        if isinstance(error.__cause__, UsageError):
+            raise error.__cause__ from None
+        raise
     return config_class(**{f.name: instance[f.name] for f in fields(config_class)})  # type: ignore[arg-type]
+
+
+def _preset_sizes(arguments: Sequence[str]) -> dict[str, Any]:
+    """Sizes of the preset that a recipe or the command line names (the last one wins); none if there is none.
+
+    A captioner's sizes come along only where the recipe has a `captioner` section, even an empty one.
+    """
+    said: dict[str, Any] = {}
+    for place, argument in enumerate(arguments):
+        flag, _, value = argument.partition("=")
+        value = value or (arguments[place + 1] if place + 1 < len(arguments) else "")
+        if flag == "--config":
+            said |= load_yaml(Path(value)).get("model") or {}
+        elif flag == "--model.preset":
+            said["preset"] = value
+    if said.get("preset") is None:
+        return {}
+    if said["preset"] not in get_args(Preset):
+        raise UsageError(f"unknown model.preset {said['preset']}; known: {', '.join(get_args(Preset))}")
+    sizes = preset(said["preset"])
+    if "captioner" not in said:
+        del sizes["captioner"]
+    return sizes
 
 
 def check_keys(arguments: Sequence[str], config_class: type) -> None:

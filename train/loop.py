@@ -31,7 +31,8 @@ from train.tracking import METRICS, Tracker
 
 Batch = dict[str, Any]
 STATUS = "status.json"
-RECORDS = (checkpoint.FOLDER, METRICS, STATUS, "tracker")  # of the run, not of the artifact it ends as
+NON_FINITE = "non_finite.json"
+RECORDS = (checkpoint.FOLDER, METRICS, STATUS, NON_FINITE, "tracker")  # of the run, not of the artifact it ends as
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def train(task: Task, run: RunConfig, optim: OptimConfig, accelerator: Accelerat
                 task.ledger.record(batch)
             rate = set_learning_rate(optimizer, step, run.steps, optim.warmup_steps)
             figures = task.step(module, micro_batches, accelerator)
-            loss = _finite_loss(figures["loss"], step, micro_batches, accelerator)
+            loss = _finite_loss(figures["loss"], step, micro_batches, run.out, accelerator)
             if optim.clip_norm is not None:
                 accelerator.clip_grad_norm_(module.parameters(), optim.clip_norm)
             optimizer.step()
@@ -205,14 +206,19 @@ def _batches(task: Task, order: StepOrder, run: RunConfig, device: torch.device)
         }
 
 
-def _finite_loss(loss: Tensor, step: int, micro_batches: list[Batch], accelerator: Accelerator) -> float:
-    """The mean loss of all ranks. Raises ModelError on every rank, before the update, if it is not finite."""
+def _finite_loss(loss: Tensor, step: int, micro_batches: list[Batch], out: Path, accelerator: Accelerator) -> float:
+    """The mean loss of all ranks. If it is not finite every rank stops before the update: the step, and each rank's
+    loss and sample ids, are written to non_finite.json, and ModelError is raised."""
     value = float(accelerator.reduce(loss, "mean"))
     if not math.isfinite(value):
         ids = [i for batch in micro_batches for i in batch["sample_ids"]]
+        mine = {"rank": accelerator.process_index, "loss": str(float(loss)), "sample_ids": ids}
+        ranks = gather_object([mine])
+        if accelerator.is_main_process:
+            manifest.write_json(out / NON_FINITE, {"step": step + 1, "ranks": ranks})
         raise ModelError(
-            f"loss is {value} at step {step + 1}, before the update; samples of rank {accelerator.process_index}: "
-            f"{ids[:16]}{' ...' if len(ids) > 16 else ''}; lower optim.lr or look at these samples"
+            f"loss is {value} at step {step + 1}, before the update; the samples are in {out / NON_FINITE}; lower "
+            "optim.lr or look at these samples, then go on from the last checkpoint with --resume"
         )
     return value
 

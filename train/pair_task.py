@@ -16,8 +16,11 @@ from encoders.data.pairs import Ledger, TrainingPairs, collate, evaluation_set
 from encoders.data.shards import BadSample, TarSamples
 from encoders.data.tokenizers import FILE as TOKENIZER_FILE
 from encoders.data.tokenizers import CaptionTokenizer
-from encoders.errors import ModelError, UsageError
+from encoders.errors import ModelError
+from encoders.objective import Objective
 from eval.zero_shot import chance_r1, recalls, retrieval_ranks
+from eval.zero_shot_score import open_sets
+from train.cached_step import cached_step
 from train.config import PairData, PretrainConfig, ResolutionConfig
 from train.loop import Artifact, Batch
 from train.optim import decay_groups
@@ -60,14 +63,10 @@ class PairTask:
         config: dict[str, Any],
         data: PairData,
         samples: TarSamples,
-        model: objectives.Objective,
+        model: Objective,
         tokenizer: CaptionTokenizer,
         parents: dict[str, Path],
     ):
-        if config["run"]["micro_batches"] != 1:
-            raise UsageError(
-                "run.micro_batches must be 1: a contrastive loss over micro-batches is not the loss of the whole batch"
-            )
         self.name, self.config, self.data, self.parents = name, config, data, parents
         self.module: nn.Module = model
         self.model, self.tokenizer, self.samples = model, tokenizer, samples
@@ -77,16 +76,19 @@ class PairTask:
         self.ledger = Ledger(data.max_bad_fraction)
         # Opened now so that a missing folder is told before hours of training.
         self.held_out = {"val": TarSamples(data.val), "test": TarSamples(data.test)}
+        self.zero_shot = open_sets(data.zero_shot)
 
     def collate(self, examples: list[dict[str, Any]]) -> Batch:
-        return collate(examples)
+        return collate(examples, self.model.config)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return decay_groups(self.module, self.config["optim"]["weight_decay"])
 
     def step(self, module: nn.Module, micro_batches: list[Batch], accelerator: Accelerator) -> dict[str, Tensor]:
-        [batch] = micro_batches
-        output = module(batch)
+        """Several micro-batches make one contrastive batch, exactly, by cached embeddings."""
+        if len(micro_batches) > 1:
+            return cached_step(self.model, module, micro_batches, accelerator)
+        output = module(micro_batches[0])
         accelerator.backward(output["loss"])
         return {name: value.detach() for name, value in output.items()}
 
@@ -95,7 +97,7 @@ class PairTask:
 
     def evaluate(self, accelerator: Accelerator) -> dict[str, float]:
         i2t, t2i, _, _ = self._ranks("val", accelerator)
-        return {f"val_{name}": value for name, value in recalls(i2t, t2i).items()}
+        return {f"val_{name}": value for name, value in recalls(i2t, t2i).items()} | self._zero_shot(accelerator)
 
     def finish(self, out: Path, accelerator: Accelerator) -> Artifact:
         encoder_run.save(out, self.model, self.tokenizer)  # first: nothing after it may cost the weights
@@ -108,7 +110,16 @@ class PairTask:
             f"retrieval on {len(keys)} test pairs: R@1 {retrieval['i2t_r1']:.1%} image->text, "
             f"{retrieval['t2i_r1']:.1%} text->image (chance {retrieval['chance_r1']:.2%})"
         )
-        return Artifact("encoder-run", self.parents, {"retrieval": retrieval})
+        metrics = {"retrieval": retrieval, **({"zero_shot": self._zero_shot(accelerator)} if self.zero_shot else {})}
+        return Artifact("encoder-run", self.parents, metrics)
+
+    def _zero_shot(self, accelerator: Accelerator) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        for one in self.zero_shot:
+            with accelerator.autocast():
+                scores = one.score(self.model, self.tokenizer, accelerator.device, EVALUATION_BATCH)
+            figures |= {f"{one.spec.task}_{one.name}_{name}": value for name, value in scores.items()}
+        return figures
 
     @torch.no_grad()
     def _ranks(self, split: str, accelerator: Accelerator) -> tuple[Tensor, Tensor, list[str], list[str]]:
@@ -116,11 +127,11 @@ class PairTask:
         pairs = evaluation_set(self.held_out[split], self.model.config, self.tokenizer)
         self.model.eval()
         with accelerator.autocast():
-            images = [
-                self.model.encode_image(x.to(accelerator.device)) for x in pairs["images"].split(EVALUATION_BATCH)
-            ]
+            batches = [slice(i, i + EVALUATION_BATCH) for i in range(0, len(pairs["images"]), EVALUATION_BATCH)]
+            images = [self.model.encode_image(pairs["images"][rows].to(accelerator.device)) for rows in batches]
             texts = [
-                self.model.encode_text(x.to(accelerator.device)) for x in pairs["short_ids"].split(EVALUATION_BATCH)
+                self.model.encode_text(pairs["short_ids"][rows].to(accelerator.device), pairs["short_lengths"][rows])
+                for rows in batches
             ]
         self.model.train()
         return (
@@ -132,12 +143,13 @@ class PairTask:
 
 def _tokenizer(config: PretrainConfig, samples: TarSamples, accelerator: Accelerator) -> CaptionTokenizer:
     if config.model.text.tokenizer is not None:
-        return CaptionTokenizer.read(Path(config.model.text.tokenizer))
+        return CaptionTokenizer.read(Path(config.model.text.tokenizer), config.model.text.kind)
     kept = config.run.resume and (config.run.out / TOKENIZER_FILE).is_file()
     if accelerator.is_main_process and not kept:
-        CaptionTokenizer.train(_captions(samples), config.model.text.vocab_size).save(config.run.out)
+        text = config.model.text
+        CaptionTokenizer.train(_captions(samples), text.vocab_size, text.kind).save(config.run.out)
     accelerator.wait_for_everyone()
-    return CaptionTokenizer.read(config.run.out)
+    return CaptionTokenizer.read(config.run.out, config.model.text.kind)
 
 
 def _captions(samples: TarSamples) -> Iterator[str]:
@@ -146,4 +158,4 @@ def _captions(samples: TarSamples) -> Iterator[str]:
             sample = samples[index]
         except BadSample:
             continue  # counted and named when training draws it
-        yield from (sample.web, sample.short, sample.long)
+        yield from (sample.web, *sample.short.values(), *sample.long.values())

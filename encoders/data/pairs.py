@@ -5,27 +5,30 @@ A bad sample's slot takes a spare (again a function of seed, epoch and id); what
 travels inside the batch to the ledger.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from encoders.config import EncoderConfig
 from encoders.data.shards import BadSample, Sample, TarSamples
-from encoders.data.tokenizers import CaptionTokenizer
+from encoders.data.tokenizers import NO_TARGET, CaptionTokenizer, pad_texts
 from encoders.data.transforms import decode, eval_transform, train_transform
 from encoders.errors import DataError
 
-TextDraw = Callable[[Sample, CaptionTokenizer, EncoderConfig, np.random.Generator], dict[str, list[int]]]
+Texts = Mapping[str, list[int] | list[list[int]]]
+"""Unpadded ids of one sample: names ending in "_ids" hold one text or a list of K; "targets" the captioner's target."""
+TextDraw = Callable[[Sample, CaptionTokenizer, EncoderConfig, np.random.Generator], Texts]
 SPARES = 10
 
 
 class TrainingPairs(Dataset[dict[str, Any]]):
-    """(epoch, sample id) -> one sample's `images` uint8 (3,H,H) and the objective's token ids."""
+    """(epoch, sample id) -> one sample's `images` uint8 (3,H,H) and the objective's unpadded token ids."""
 
     def __init__(
         self, samples: TarSamples, config: EncoderConfig, tokenizer: CaptionTokenizer, texts: TextDraw, seed: int
@@ -69,12 +72,24 @@ def decode_sample(sample: Sample) -> Tensor:
         raise BadSample("undecodable image", sample.shard, sample.key, reason) from error
 
 
-def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack pixels and ids; `sample_ids` and `bad` (reports) stay lists."""
+def collate(examples: Sequence[Mapping[str, Any]], config: EncoderConfig) -> dict[str, Any]:
+    """Examples of TrainingPairs -> a batch of B.
+
+    `images` uint8 (B,3,H,H); for each X_ids, X_ids int64 (B,L) or (B,K,L) and X_lengths, a list of their numbers of
+    real tokens (image-major); `targets` int64 (B, longest), -100 after a target's end; the lists `sample_ids` and
+    `bad` (reports).
+    """
     batch: dict[str, Any] = {"images": torch.stack([example["images"] for example in examples])}
     for name in examples[0]:
+        texts = [example[name] for example in examples]
         if name.endswith("_ids"):
-            batch[name] = torch.tensor([example[name] for example in examples])
+            several = isinstance(texts[0][0], list)  # K texts per image
+            rows = [row for of_image in texts for row in of_image] if several else texts
+            ids = pad_texts(rows, config.text)
+            batch[name] = ids.unflatten(0, (len(texts), -1)) if several else ids  # (B*K,L) -> (B,K,L)
+            batch[f"{name.removesuffix('_ids')}_lengths"] = [len(row) for row in rows]
+        elif name == "targets":
+            batch[name] = pad_sequence([torch.tensor(row) for row in texts], batch_first=True, padding_value=NO_TARGET)
     batch["sample_ids"] = [example["sample_id"] for example in examples]
     batch["bad"] = [report for example in examples for report in example["bad"]]
     return batch
@@ -106,9 +121,10 @@ class Ledger:
 
 
 def evaluation_set(samples: TarSamples, config: EncoderConfig, tokenizer: CaptionTokenizer) -> dict[str, Any]:
-    """Held-out pairs, whole: `images` uint8 (n,3,H,H), `short_ids` (n,L), `captions` and `keys` (lists).
+    """Held-out pairs, whole; the query is the sample's first short caption.
 
-    Raises DataError for a bad sample: an evaluation never replaces one.
+    `images` uint8 (n,3,H,H), `short_ids` (n,L); `short_lengths`, `captions` and `keys` are lists of n. Raises
+    DataError for a bad sample: an evaluation never replaces one.
     """
     images, ids, captions, keys = [], [], [], []
     for index in range(len(samples)):
@@ -117,7 +133,14 @@ def evaluation_set(samples: TarSamples, config: EncoderConfig, tokenizer: Captio
             images.append(eval_transform(decode_sample(sample), config.vision.image_size, config.preprocess))
         except BadSample as error:
             raise DataError(f"held-out {error}; an evaluation set must be whole") from error
-        ids.append(tokenizer.encode(sample.short, config.text.length))
-        captions.append(sample.short)
+        query = next(iter(sample.short.values()))
+        ids.append(tokenizer.encode(query, config.text.length))
+        captions.append(query)
         keys.append(sample.key)
-    return {"images": torch.stack(images), "short_ids": torch.tensor(ids), "captions": captions, "keys": keys}
+    return {
+        "images": torch.stack(images),
+        "short_ids": pad_texts(ids, config.text),
+        "short_lengths": [len(row) for row in ids],
+        "captions": captions,
+        "keys": keys,
+    }

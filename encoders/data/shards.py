@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -18,20 +18,20 @@ from torch.utils.data import Sampler
 from encoders.errors import DataError, UsageError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
-CAPTIONS = ("web", "short", "long")
+SYNTHETIC = "synthetic"  # the captioner of a shard that does not name its own
 OPEN_SHARDS = 64
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture, still encoded, with its web caption and its short and long synthetic captions."""
+    """One picture, still encoded, with its web caption and its synthetic ones: captioner -> caption, in file order."""
 
     key: str
     shard: str
     image: bytes
     web: str
-    short: str
-    long: str
+    short: dict[str, str]
+    long: dict[str, str]
 
 
 class BadSample(Exception):
@@ -70,19 +70,18 @@ class TarSamples:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> Sample:
-        """Raises BadSample if the json does not parse or a caption is missing, empty or not a string."""
+        """Raises BadSample if the json is not an object or a caption is missing, empty or not a string."""
         entry = self.entries[index]
         shard = self.shards[entry.shard].name
         try:
             text = json.loads(self._read(entry.shard, entry.text))
         except ValueError as error:
             raise BadSample("unreadable json", shard, entry.key, str(error)) from error
-        for name in CAPTIONS:
-            value = text.get(name) if isinstance(text, dict) else None
-            if not isinstance(value, str) or not value.strip():
-                raise BadSample(f"no {name} caption", shard, entry.key, f"found {value!r}")
-        image = self._read(entry.shard, entry.image)
-        return Sample(entry.key, shard, image, text["web"], text["short"], text["long"])
+        if not isinstance(text, dict):
+            raise BadSample("unreadable json", shard, entry.key, f"not an object but {text!r:.80}")
+        web = _caption(text.get("web"), "web", shard, entry.key)
+        short, long = (_by_captioner(text.get(name), name, shard, entry.key) for name in ("short", "long"))
+        return Sample(entry.key, shard, self._read(entry.shard, entry.image), web, short, long)
 
     def _read(self, shard: int, member: Member) -> bytes:
         if shard not in self._streams:
@@ -94,6 +93,22 @@ class TarSamples:
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_streams": {}}  # open files do not travel to loader workers
+
+
+def _caption(value: Any, name: str, shard: str, key: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise BadSample(f"no {name} caption", shard, key, f"found {value!r:.80}")
+    try:
+        value.encode()  # half a surrogate pair passes json, but no tokenizer
+    except UnicodeEncodeError as error:
+        raise BadSample(f"unreadable {name} caption", shard, key, str(error)) from error
+    return value
+
+
+def _by_captioner(value: Any, name: str, shard: str, key: str) -> dict[str, str]:
+    """A json's `short` or `long`, a caption or captions by captioner, as the latter."""
+    captions = value if isinstance(value, dict) and value else {SYNTHETIC: value}
+    return {captioner: _caption(caption, name, shard, key) for captioner, caption in captions.items()}
 
 
 def list_shards(folder: Path) -> list[Path]:

@@ -1,5 +1,5 @@
-"""JPEG bytes -> uint8 pixels. Training crops are drawn from the generator handed in; evaluation equals the exported
-image processor. Everything stays uint8 until the device."""
+"""JPEG bytes -> uint8 pixels. Training crops and colours are drawn from the generator handed in; evaluation equals the
+exported image processor. Everything stays uint8 until the device."""
 
 import math
 import warnings
@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import InterpolationMode
 
-from encoders.config import PreprocessConfig
+from encoders.config import JitterConfig, PreprocessConfig
 
 # torchvision 0.29 announces a move of its decoders to torchcodec; until they go it is byte-equal to Pillow and fastest.
 warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision")
@@ -25,10 +25,36 @@ def decode(image: bytes) -> Tensor:
 
 
 def train_transform(image: Tensor, size: int, config: PreprocessConfig, rng: np.random.Generator) -> Tensor:
-    """Random resized crop: uint8 (3,H,W) -> uint8 (3,size,size)."""
+    """Random resized crop, then colour jitter if the config has one: uint8 (3,H,W) -> uint8 (3,size,size)."""
     top, left, height, width = _draw_crop(image.shape[1], image.shape[2], config, rng)
     mode = InterpolationMode(config.interpolation)
-    return TF.resized_crop(image, top, left, height, width, [size, size], interpolation=mode, antialias=True)
+    crop = TF.resized_crop(image, top, left, height, width, [size, size], interpolation=mode, antialias=True)
+    return crop if config.jitter is None else colour_jitter(crop, config.jitter, rng)
+
+
+def colour_jitter(image: Tensor, config: JitterConfig, rng: np.random.Generator) -> Tensor:
+    """Brightness, contrast, saturation and hue changed in random order with the config's probability, as torchvision's
+    ColorJitter does; then, with a probability of its own, grey: uint8 (3,H,W) -> uint8 (3,H,W)."""
+    if rng.random() < config.probability:
+        order = rng.permutation(4)
+        brightness, contrast, saturation = (
+            rng.uniform(max(0.0, 1 - spread), 1 + spread)
+            for spread in (config.brightness, config.contrast, config.saturation)
+        )
+        hue = rng.uniform(-config.hue, config.hue)
+        for change in order:
+            match change:
+                case 0:
+                    image = TF.adjust_brightness(image, brightness)
+                case 1:
+                    image = TF.adjust_contrast(image, contrast)
+                case 2:
+                    image = TF.adjust_saturation(image, saturation)
+                case 3:
+                    image = TF.adjust_hue(image, hue)
+    if rng.random() < config.grey_probability:
+        image = TF.rgb_to_grayscale(image, num_output_channels=3)
+    return image
 
 
 def eval_transform(image: Tensor, size: int, config: PreprocessConfig) -> Tensor:

@@ -1,11 +1,20 @@
-"""Training objectives, one small file each: model + losses, `forward(batch) -> {"loss": ...}`."""
+"""Training objectives, one small file each; encoders/objective.py says what one is."""
 
 from encoders.config import EncoderConfig
+from encoders.objective import Objective
 from encoders.objectives.clip import Clip
+from encoders.objectives.clipa import Clipa
 from encoders.objectives.clips import Clips
+from encoders.objectives.coca import Coca
+from encoders.objectives.dreamlip import Dreamlip
 
-Objective = Clip | Clips
-OBJECTIVES: dict[str, type[Clip] | type[Clips]] = {"clip": Clip, "clips": Clips}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "clip": Clip,
+    "clipa": Clipa,
+    "coca": Coca,
+    "clips": Clips,
+    "dreamlip": Dreamlip,
+}
 
 
 def build(config: EncoderConfig) -> Objective:

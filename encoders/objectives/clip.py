@@ -1,27 +1,34 @@
-"""CLIP: symmetric InfoNCE between the image and its web caption. The baseline arm of every swap."""
+"""CLIP: symmetric InfoNCE between the picture and one caption. With the web caption, the baseline arm of every swap."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 from torch import Tensor
 
-from encoders.config import EncoderConfig
+from encoders.config import ClipOptions, EncoderConfig
+from encoders.data.captions import any_of
+from encoders.data.pairs import Texts
 from encoders.data.shards import Sample
 from encoders.data.tokenizers import CaptionTokenizer
-from encoders.dual_encoder import DualEncoder
 from encoders.losses import info_nce
+from encoders.objective import Batch, Objective
 
 
-class Clip(DualEncoder):
-    """forward(batch) with `images` uint8 (B,3,H,H) and `web_ids` (B,L)."""
+class Clip(Objective):
+    """Reads `images` (B,3,H,H), `text_ids` (B,L), `text_lengths`."""
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns `loss` (scalar) and figures to log."""
-        scale = self.scale()
-        loss = info_nce(self.encode_image(batch["images"]), self.encode_text(batch["web_ids"]), scale)
-        return {"loss": loss, "logit_scale": scale.detach()}
+    weights: Mapping[str, float] = MappingProxyType({"contrast": 1.0})
 
     @staticmethod
-    def texts(
-        sample: Sample, tokenizer: CaptionTokenizer, config: EncoderConfig, rng: np.random.Generator
-    ) -> dict[str, list[int]]:
-        """The token ids that this objective draws from one sample."""
-        return {"web_ids": tokenizer.encode(sample.web, config.text.length)}
+    def texts(sample: Sample, tokenizer: CaptionTokenizer, config: EncoderConfig, rng: np.random.Generator) -> Texts:
+        caption = (config.clip or ClipOptions()).caption
+        captions = {"web": {"": sample.web}, "short": sample.short, "long": sample.long}[caption]
+        return {"text_ids": tokenizer.encode(any_of(captions, rng), config.text.length)}
+
+    def encode(self, batch: Batch, sums: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        image = self.encode_image(batch["images"])
+        return {"image": image, "text": self.encode_text(batch["text_ids"], batch["text_lengths"])}, {}
+
+    def contrast(self, features: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"contrast": info_nce(features["image"], features["text"], scales["logit_scale"])}

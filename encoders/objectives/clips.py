@@ -1,55 +1,73 @@
 """CLIPS (arXiv 2411.16828): web caption and a short piece of the synthetic one against the image, plus a captioner.
 
-L = (InfoNCE(image, web) + InfoNCE(image, short piece)) / 2 + beta * L_gen.
+L = alpha * (InfoNCE(image, web) + InfoNCE(image, short piece)) / 2 + beta * L_gen (equations 1 to 5).
 """
 
+from collections.abc import Mapping
+
 import numpy as np
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
-from encoders.captioner import Captioner
-from encoders.config import EncoderConfig
-from encoders.data.captions import sentences, short_piece
+from encoders.captioner import ClipsCaptioner
+from encoders.config import ClipsOptions, EncoderConfig
+from encoders.data.captions import any_of, cut
+from encoders.data.pairs import Texts
 from encoders.data.shards import Sample
-from encoders.data.tokenizers import CaptionTokenizer
-from encoders.dual_encoder import DualEncoder
-from encoders.losses import caption_loss, info_nce
+from encoders.data.tokenizers import NO_TARGET, CaptionTokenizer
+from encoders.dual_encoder import unit
+from encoders.losses import info_nce
+from encoders.objective import Batch, Objective
 
 
-class Clips(DualEncoder):
-    """forward(batch) with `images` uint8 (B,3,H,H), `web_ids`, `piece_ids` (B,L), `target_ids` (B,T; -100: none)."""
+class Clips(Objective):
+    """Reads `images` (B,3,H,H), `web_ids` and `piece_ids` (B,L) with lengths, `targets` (B,Q; -100: none)."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__(config)
-        assert config.captioner is not None  # EncoderConfig refuses clips without one
-        self.caption_weight = config.captioner.weight
-        self.captioner = Captioner(config.captioner, config.vision.width, config.text.width, config.text.vocab_size)
-
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns `loss` (scalar) and figures to log."""
-        patch_tokens, image = self.vision(self.normalise(batch["images"]))
-        web_states, web = self.text(batch["web_ids"])
-        _, piece = self.text(batch["piece_ids"])
-        image, web, piece = (F.normalize(x.float(), dim=-1) for x in (image, web, piece))  # each (B,E)
-        scale = self.scale()
-        contrast = (info_nce(image, web, scale) + info_nce(image, piece, scale)) / 2
-        generation = caption_loss(*self.captioner(patch_tokens, web_states, batch["target_ids"]))
-        loss = contrast + self.caption_weight * generation
-        figures = {"contrast": contrast.detach(), "caption": generation.detach(), "logit_scale": scale.detach()}
-        return {"loss": loss, **figures}
+        options = config.clips or ClipsOptions()
+        self.weights = {"contrast": options.alpha, "caption": options.beta}
+        self.contrasted = {"both": ("web", "piece"), "web": ("web",), "synthetic": ("piece",)}[options.texts]
+        self.captioner = None
+        if config.captioner is not None:
+            text = config.text
+            self.captioner = ClipsCaptioner(
+                config.captioner, config.vision.width, text.width, text.kind, text.vocab_size
+            )
 
     @staticmethod
-    def texts(
-        sample: Sample, tokenizer: CaptionTokenizer, config: EncoderConfig, rng: np.random.Generator
-    ) -> dict[str, list[int]]:
-        """The token ids that this objective draws from one sample: the web caption, a short piece of the long one, and
-        the long one as target. Where it has no sentence the web caption stands in for piece and target."""
-        assert config.captioner is not None
+    def texts(sample: Sample, tokenizer: CaptionTokenizer, config: EncoderConfig, rng: np.random.Generator) -> Texts:
+        """Where the synthetic caption has no sentence the web caption stands in for piece and target."""
+        options = config.clips or ClipsOptions()
+        caption = any_of(sample.long, rng)
+        piece = cut(options.cut, caption, tokenizer, options.cut_tokens, rng)
         web = tokenizer.words(sample.web)
-        pieces = [tokenizer.words(sentence) for sentence in sentences(sample.long)]
-        piece = short_piece(pieces, config.piece_tokens, rng)
-        return {
-            "web_ids": tokenizer.lay_out(web, config.text.length),
-            "piece_ids": tokenizer.lay_out(piece or web, config.text.length),
-            "target_ids": tokenizer.encode_target(sample.long if pieces else sample.web, config.captioner.tokens),
-        }
+        drawn: dict[str, list[int]] = {}
+        if options.texts != "synthetic" or config.captioner is not None:
+            drawn["web_ids"] = tokenizer.lay_out(web, config.text.length)
+        if options.texts != "web":
+            drawn["piece_ids"] = tokenizer.lay_out(piece or web, config.text.length)
+        if config.captioner is not None:
+            drawn["targets"] = tokenizer.encode_target(caption if piece else sample.web, config.captioner.tokens)
+        return drawn
+
+    def encode(self, batch: Batch, sums: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        patch_tokens, image = self.vision(self.normalise(batch["images"]))
+        features = {"image": unit(image)}
+        if "piece" in self.contrasted:
+            features["piece"] = self.encode_text(batch["piece_ids"], batch["piece_lengths"])
+        if self.captioner is None:
+            if "web" in self.contrasted:
+                features["web"] = self.encode_text(batch["web_ids"], batch["web_lengths"])
+            return features, {}
+        web = self.text.with_states(batch["web_ids"], batch["web_lengths"])
+        if "web" in self.contrasted:
+            features["web"] = unit(web.pooled)
+        return features, {"caption": self.captioner(patch_tokens, web, batch["targets"])} if sums else {}
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        return {"caption": (batch["targets"] != NO_TARGET).sum()} if self.captioner is not None else {}
+
+    def contrast(self, features: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        losses = [info_nce(features["image"], features[name], scales["logit_scale"]) for name in self.contrasted]
+        return {"contrast": torch.stack(losses).mean()}
