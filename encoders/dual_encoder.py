@@ -61,7 +61,7 @@ class DualEncoder(nn.Module):
         if self.config.clamp_logit_scale:
             with torch.no_grad():
                 logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-        return logit_scale.exp()
+        return logit_scale.exp().reshape(())  # FSDP2 holds it as a vector of one
 
 
 def unit(x: Tensor) -> Tensor:

@@ -44,6 +44,12 @@ class ParityError(SwapError):
     exit_code = 6
 
 
+class Preempted(SwapError):
+    """A run that was asked to stop, wrote a checkpoint and left; `--resume` continues it."""
+
+    exit_code = 75
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a console command; a SwapError ends it with its message on stderr and its exit code."""
     try:

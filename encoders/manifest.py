@@ -225,8 +225,10 @@ def library_versions() -> dict[str, str]:
 
 
 def _files_below(path: Path) -> list[str]:
-    files = (p for p in path.rglob("*") if p.is_file() and not p.name.endswith(".partial"))
-    return sorted(name for p in files if (name := p.relative_to(path).as_posix()) != MANIFEST)
+    """Hidden files (an index beside shards, a half-written file) are no content."""
+    files = (p.relative_to(path) for p in path.rglob("*") if p.is_file())
+    shown = (p.as_posix() for p in files if not any(part.startswith(".") for part in p.parts))
+    return sorted(name for name in shown if name != MANIFEST)
 
 
 def _entry(file: Path) -> FileEntry:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from encoders.config import EncoderConfig
 from encoders.data.pairs import Texts
-from encoders.data.shards import Sample
+from encoders.data.samples import Sample
 from encoders.data.tokenizers import CaptionTokenizer
 from encoders.dual_encoder import DualEncoder
 from encoders.losses import per_term

@@ -7,7 +7,6 @@ missing or malformed raises DataError.
 import glob
 import json
 import re
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from encoders import manifest
-from encoders.data.shards import BadSample, Entry, Member, TarSamples, list_shards, scan, split_name
+from encoders.data.samples import BadSample
+from encoders.data.shards import TarSamples
 from encoders.errors import DataError, UsageError
 from eval.prompts import imagenet_names
 from eval.zero_shot import IGNORED
@@ -125,13 +125,14 @@ def _scene_captions(spec: ZeroShotSpec) -> RetrievalData:
 def _tar_captions(folder: Path) -> RetrievalData:
     """All short captions of every sample; generated captions repeat, so equal ones are shared."""
     samples, examples = TarSamples(folder), []
-    for index, entry in enumerate(samples.entries):
-        shard = samples.shards[entry.shard]
+    for index in range(len(samples)):
         try:
             captions = list(samples[index].short.values())
         except BadSample as error:
             raise DataError(f"{folder}: {error}; an evaluation set must be whole") from error
-        examples.append(Example(f"{shard}: {entry.key}", partial(_read, shard, entry.image), captions))
+        examples.append(
+            Example(f"{samples.shard(index)}: {samples.key(index)}", partial(_image, samples, index), captions)
+        )
     return RetrievalData(examples, shared=True)
 
 
@@ -241,10 +242,10 @@ def _scene_classes(spec: ZeroShotSpec) -> ClassificationData:
     """Scenes that show one class of object only, once or more. Classes without such a scene stay candidates."""
     classes = _scene_names(spec)
     examples = []
-    for shard, entry, objects in _scene_objects(spec):
+    samples = TarSamples(_scene_shards(spec))
+    for index, name, objects in _scene_objects(samples):
         if len(set(objects)) == 1:
-            label = _label(objects[0], classes, f"{shard}: {entry.key}")
-            examples.append(Example(f"{shard}: {entry.key}", partial(_read, shard, entry.image), label))
+            examples.append(Example(name, partial(_image, samples, index), _label(objects[0], classes, name)))
     return ClassificationData(examples, classes)
 
 
@@ -262,31 +263,28 @@ def _scene_masks(spec: ZeroShotSpec) -> SegmentationData:
     """Scenes with masks: 0 is background and ignored, i + 1 is object i, whose name the json has."""
     classes = _scene_names(spec)
     examples: list[Example[Callable[[], Labels]]] = []
-    masks: dict[tuple[Path, str], Member] = {}
-    for shard in list_shards(_scene_shards(spec)):
-        masks |= {(shard, key): member for key, member in _members(shard, MASK_SUFFIX).items()}
-    for shard, entry, objects in _scene_objects(spec):
-        name = f"{shard}: {entry.key}"
-        if (shard, entry.key) not in masks:
+    samples = TarSamples(_scene_shards(spec))
+    for index, name, objects in _scene_objects(samples):
+        if not samples.has(index, MASK_SUFFIX):
             raise DataError(f"{name} has no {MASK_SUFFIX}; write the scenes again with --masks")
-        mask = partial(_read, shard, masks[shard, entry.key])
+        mask = partial(samples.read, index, MASK_SUFFIX)
         table = {0: IGNORED} | {i + 1: _label(thing, classes, name) for i, thing in enumerate(objects)}
-        examples.append(Example(name, partial(_read, shard, entry.image), partial(read_labels, mask, table, name)))
+        examples.append(Example(name, partial(_image, samples, index), partial(read_labels, mask, table, name)))
     return SegmentationData(examples, classes)
 
 
-def _scene_objects(spec: ZeroShotSpec) -> Iterator[tuple[Path, Entry, list[str]]]:
-    """(shard, entry, names of the objects) of every scene of a split."""
-    for number, shard in enumerate(list_shards(_scene_shards(spec))):
-        for entry in scan(shard, number):
-            try:
-                content = json.loads(_read(shard, entry.text))
-                objects = [thing["name"] for thing in content["scene"]["objects"]]
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(
-                    f"{shard}: {entry.key}.json has no scene.objects ({error!r}); write the scenes again"
-                ) from error
-            yield shard, entry, objects
+def _scene_objects(samples: TarSamples) -> Iterator[tuple[int, str, list[str]]]:
+    """(number, name, names of the objects) of every scene of a split."""
+    for index in range(len(samples)):
+        name = f"{samples.shard(index)}: {samples.key(index)}"
+        try:
+            content = json.loads(samples.read(index, "json"))
+            objects = [thing["name"] for thing in content["scene"]["objects"]]
+        except BadSample as error:
+            raise DataError(f"{error}; an evaluation set must be whole") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{name}.json has no scene.objects ({error!r}); write the scenes again") from error
+        yield index, name, objects
 
 
 def _scene_shards(spec: ZeroShotSpec) -> Path:
@@ -305,17 +303,8 @@ def _label(name: str, classes: list[str], where: str) -> int:
     return classes.index(name)
 
 
-def _members(shard: Path, suffix: str) -> dict[str, Member]:
-    """Where the members KEY.suffix of a shard lie, by key."""
-    with tarfile.open(shard, "r:") as tar:
-        named = [(*split_name(info.name), Member(info.offset_data, info.size)) for info in tar if info.isfile()]
-    return {key: member for key, its_suffix, member in named if its_suffix == suffix}
-
-
-def _read(shard: Path, member: Member) -> bytes:
-    with shard.open("rb") as stream:
-        stream.seek(member.offset)
-        return stream.read(member.size)
+def _image(samples: TarSamples, index: int) -> bytes:
+    return samples[index].image
 
 
 def _folder(path: str) -> Path:

@@ -347,7 +347,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_scenes_give_all_three_tasks(scenes: Path) -> None:
     names = json.loads((scenes / "classes.json").read_text())
     samples = TarSamples(scenes / "shards" / "test")
-    texts = [json.loads(samples._read(entry.shard, entry.text)) for entry in samples.entries]
+    texts = [json.loads(samples.read(index, "json")) for index in range(len(samples))]
     shown = [[thing["name"] for thing in text["scene"]["objects"]] for text in texts]
 
     retrieval = read_set(ZeroShotSpec("retrieval", "scenes", str(scenes)))

@@ -41,7 +41,7 @@ def test_lora_resumes_with_the_same_dropout(llava: Path, tmp_path: Path) -> None
     out = tmp_path / "lora"
     finished = launch(llava, tmp_path / "chats.json", out)
     assert finished.returncode == 0, finished.stderr[-3000:]
-    assert "first step: what should train has moved" in finished.stdout
+    assert "first step with a picture: what should train has moved" in finished.stdout
     whole = load_file(out / "adapter" / "adapter_model.safetensors")
     losses = (out / "metrics.jsonl").read_text().splitlines()
 

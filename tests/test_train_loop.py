@@ -5,55 +5,29 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from pair_shards import sample, write_shards
+from pair_runs import ROOT, SAVE_EVERY, STEPS, accelerate, finish, options, state, torchrun, write_pairs
 from safetensors.torch import load_file
 
 from encoders import encoder_run, manifest
 from encoders.data.tokenizers import CaptionTokenizer
-from encoders.errors import DataError
-from train import checkpoint
-
-ROOT = Path(__file__).resolve().parent.parent
-STEPS, SAVE_EVERY = 24, 5
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pairs")
-    write_shards(folder / "train", 60, image={7: sample(7, 40)["image"][:300]})  # one bad sample
-    write_shards(folder / "val", 8, shards=1)
-    write_shards(folder / "test", 8, shards=1)
-    return folder
+    return write_pairs(tmp_path_factory.mktemp("pairs"))
 
 
-def command(shards: Path, out: Path, *options: str) -> list[str]:
-    script = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train" / "pretrain.py")]
-    config = {
-        "run": {"out": str(out), "steps": STEPS, "batch_size": 16, "workers": 1, "threads": 1, "log_every": 1}
-        | {"save_every": SAVE_EVERY, "eval_every": 10, "keep": 2},
-        "optim": {"lr": 0.01, "warmup_steps": 2, "clip_norm": 1.0},
-        "data": {split: str(shards / split) for split in ("train", "val", "test")} | {"max_bad_fraction": 0.2},
-        "model": {
-            "objective": "clips",
-            "embed_dim": 16,
-            "vision": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "heads": 2, "mlp_width": 64},
-            "text": {"vocab_size": 90, "length": 10, "width": 32, "layers": 1, "heads": 2},
-            "captioner": {"tokens": 16, "width": 32, "layers": 1, "heads": 2},
-        },
-    }
-    recipe = out.with_suffix(".yaml")
-    recipe.write_text(json.dumps(config))  # JSON is YAML
-    return [*script, "--config", str(recipe), *options]
+def command(shards: Path, out: Path, *more: str) -> list[str]:
+    return [*accelerate(), *options(shards, out, *more)]
 
 
-def launch(shards: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(shards, out, *options), cwd=ROOT, capture_output=True, text=True, timeout=300)
+def launch(shards: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return finish(command(shards, out, *more))
 
 
 @pytest.fixture(scope="module")
@@ -119,32 +93,15 @@ def test_sigkill_at_a_random_step_and_resume_is_bit_for_bit_the_same(
     ]
     first, second = (manifest.read(folder).metrics for folder in (uninterrupted, out))
     assert first == second
-
-
-def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert checkpoint.newest(tmp_path) is None
-    for step in (1, 2):
-        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
-        folder.mkdir(parents=True)
-        (folder / "model.safetensors").write_bytes(bytes(100))
-        manifest.seal(folder, "checkpoint", {})
-    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoints" / "step-00000002"
-    for step, expected in ((2, "step-00000001"), (1, None)):
-        file = tmp_path / "checkpoints" / f"step-{step:08d}" / "model.safetensors"
-        stat = file.stat()
-        file.write_bytes(bytes(99) + b"!")
-        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # size and time tell nothing
-        if expected:
-            assert checkpoint.newest(tmp_path) == tmp_path / "checkpoints" / expected
-            assert "step-00000002 is damaged and is passed over" in capsys.readouterr().out
-    with pytest.raises(DataError, match="every checkpoint .* is damaged"):
-        checkpoint.newest(tmp_path)
+    assert state(out) == state(uninterrupted)
+    again = launch(shards, out, "--resume")
+    assert "already finished; nothing to do" in again.stdout
+    other = launch(shards, out, "--resume", "--optim.lr", "0.02")
+    assert "the config has changed: optim.lr: 0.01 -> 0.02" in other.stderr
 
 
 def test_two_ranks_are_one_run(shards: Path, tmp_path: Path) -> None:
-    script = command(shards, tmp_path / "run", "--run.steps", "3")[3:]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    finished = subprocess.run([*torchrun, *script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    finished = finish([*torchrun(2), *options(shards, tmp_path / "run", "--run.steps", "3")])
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert manifest.read(tmp_path / "run").metrics["samples_seen"] == 3 * 16
     [saved] = (tmp_path / "run" / "checkpoints").iterdir()
@@ -152,10 +109,8 @@ def test_two_ranks_are_one_run(shards: Path, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_every_rank_before_the_update(shards: Path, tmp_path: Path) -> None:
-    options = ("--run.steps", "4", "--run.save_every", "1", "--optim.lr", "1e30", "--optim.warmup_steps", "0")
-    script = command(shards, tmp_path / "run", *options)[3:]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    finished = subprocess.run([*torchrun, *script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    settings = ("--run.steps", "4", "--run.save_every", "1", "--optim.lr", "1e30", "--optim.warmup_steps", "0")
+    finished = finish([*torchrun(2), *options(shards, tmp_path / "run", *settings)])
     assert finished.returncode != 0
     written = json.loads((tmp_path / "run" / "non_finite.json").read_text())
     assert [rank["rank"] for rank in written["ranks"]] == [0, 1]
@@ -175,6 +130,5 @@ def test_what_cannot_be_trained_is_refused_before_it_starts(shards: Path, tmp_pa
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
     CaptionTokenizer.train(["a red square " * 3], 60, "bert").save(tokenizer)
-    options = ("--model.text.tokenizer", str(tokenizer), "--model.text.vocab_size", "12")
-    ids = launch(shards, tmp_path / "c", *options)
+    ids = launch(shards, tmp_path / "c", "--model.text.tokenizer", str(tokenizer), "--model.text.vocab_size", "12")
     assert "but model.text.vocab_size is 12" in ids.stderr

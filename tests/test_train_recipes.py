@@ -19,7 +19,7 @@ from torch import Tensor
 
 from encoders import manifest
 from encoders.config import EncoderConfig
-from train import loop, pair_task
+from train import loop, pair_task, start
 from train.config import RECIPES, OptimConfig, PairData, PretrainConfig, ResolutionConfig, RunConfig, load_yaml, parse
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
@@ -96,7 +96,7 @@ def pretrained(data: PairData, tmp_path_factory: pytest.TempPathFactory) -> Call
             out = tmp_path_factory.mktemp(stem)
             config = replace(config, data=data, model=shrunk(config.model))
             config = replace(config, run=shrunk_run(config.run, out, micro_batches))
-            accelerator = loop.build_accelerator(config.run)
+            accelerator = start.build_accelerator(config.run)
             task = pair_task.pretrain(config, accelerator)
             runs[stem, micro_batches] = one_step(task, config.run, config.optim, accelerator)
         return runs[stem, micro_batches]
@@ -119,7 +119,7 @@ def test_resolution_fine_tuning_takes_a_step(
         config = replace(resolution_config(stem), init=pretrained(source, 1)[0], image_size=3 * PATCH, data=data)
         config = replace(config, run=shrunk_run(config.run, tmp_path / source, 1))
         (tmp_path / source).mkdir()
-        accelerator = loop.build_accelerator(config.run)
+        accelerator = start.build_accelerator(config.run)
         task = pair_task.finetune_resolution(config)
         check(one_step(task, config.run, config.optim, accelerator))
         assert EncoderConfig.read(tmp_path / source / "encoder.json").vision.image_size == 3 * PATCH

@@ -1,25 +1,37 @@
-"""Checkpoints that survive a kill at any moment: written aside, synced, hashed, renamed; only then are old ones pruned.
+"""Checkpoints that survive a kill at any moment and a full disk: written aside, synced, hashed, renamed; only then are
+old ones pruned.
 
 A checkpoint holds what cannot be rebuilt: trainable parameters, optimizer state, random states of every rank, the step
-(from which the data position follows) and the ledger. Only safetensors and JSON.
+(from which data position and learning rate follow) and the ledger.
 """
 
+import errno
 import json
+import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 
 from encoders import manifest
 from encoders.errors import DataError, UsageError
+from train import random_state, training_state
 from train.config import FREE_RUN_KEYS
+from train.tracking import tell
 
 FOLDER = "checkpoints"
+PARTIAL = ".partial"
+SEAL = "seal.json"  # sha256 of the manifest, which holds those of all others
+SLACK = 2**20  # bytes beside the tensors: random states, ledger, manifest
 
 
 @dataclass
@@ -35,32 +47,54 @@ def save(
     progress: Progress,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    config: dict[str, Any],
+    identity: dict[str, Any],
     keep: int,
     accelerator: Accelerator,
-) -> None:
-    """Write checkpoint `step`, then prune all but the newest `keep`. Every rank must call it."""
+) -> bool:
+    """Write checkpoint `step`, then prune all but the newest `keep`. Every rank must call it.
+
+    Returns False, with a warning, if it could not be written (a full disk, say): what was there before is untouched.
+    """
     folder = out / FOLDER
     final = folder / f"step-{progress.step:08d}"
-    aside = folder / f".{final.name}.partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    save_file(_random_state(), aside / f"random-{accelerator.process_index:05d}.safetensors")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        save_file(_trainable(model), aside / "model.safetensors")
-        save_file(_optimizer_state(model, optimizer), aside / "optimizer.safetensors")
+    aside = folder / f".{final.name}{PARTIAL}"
+    main = accelerator.is_main_process
+
+    def make_room() -> None:
+        folder.mkdir(exist_ok=True)
+        for leftover in folder.glob(f".*{PARTIAL}"):
+            shutil.rmtree(leftover)
+        needed, free = training_state.size(model, optimizer) + SLACK, shutil.disk_usage(folder).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"needs {needed / 2**20:.1f} MiB but only {free / 2**20:.1f} MiB are free")
+        aside.mkdir()
+
+    def write_random_state() -> None:
+        save_file(random_state.capture(), aside / f"random-{accelerator.process_index:05d}.safetensors")
+
+    def seal() -> None:
         manifest.write_json(aside / "progress.json", vars(progress))
-        manifest.seal(aside, "checkpoint", config)
+        manifest.seal(aside, "checkpoint", identity)
+        manifest.write_json(aside / SEAL, manifest.fingerprint(aside / manifest.MANIFEST))
         if final.exists():  # a damaged checkpoint that the resume passed over
-            shutil.rmtree(final)
+            _remove(final)
         aside.rename(final)
         manifest.fsync_directory(folder)
+        manifest.fsync_directory(out)
         for old in [other for other in _complete(out) if other.name <= final.name][:-keep]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+            _remove(old)
+
+    problem = (
+        _together(accelerator, make_room if main else _nothing)
+        or _together(accelerator, write_random_state)
+        or _together(accelerator, lambda: training_state.write(aside, model, optimizer, main))
+        or _together(accelerator, seal if main else _nothing)
+    )
+    if problem and main:
+        shutil.rmtree(aside, ignore_errors=True)  # gives its space back; what stays is removed by the next save
+        last = max((other.name for other in _complete(out)), default="none")
+        tell(f"warning: checkpoint {final.name} was not written ({problem}); the last good one is {last}")
+    return not problem
 
 
 def newest(out: Path) -> Path | None:
@@ -71,7 +105,7 @@ def newest(out: Path) -> Path | None:
     candidates = _complete(out)
     for checkpoint in reversed(candidates):
         try:
-            manifest.verify(checkpoint, full=True)
+            _verify(checkpoint)
             return checkpoint
         except DataError as error:
             print(f"warning: {checkpoint.name} is damaged and is passed over: {error}")
@@ -80,28 +114,61 @@ def newest(out: Path) -> Path | None:
     return None
 
 
+def _verify(checkpoint: Path) -> None:
+    """Raise DataError if a byte of a checkpoint is not the one that was written."""
+    seal = checkpoint / SEAL
+    manifest.verify(checkpoint, full=True)
+    if (
+        not seal.is_file()
+        or seal.read_bytes() != f'"{manifest.fingerprint(checkpoint / manifest.MANIFEST)}"\n'.encode()
+    ):
+        raise DataError(f"{checkpoint / manifest.MANIFEST} is not the one that {seal} was written for")
+
+
+def newest_for_all(out: Path, accelerator: Accelerator) -> Path | None:
+    """`newest`, hashed once, by the main process, for all ranks. Every rank must call it."""
+    found: list[Path | DataError | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            found = [newest(out)]
+        except DataError as error:
+            found = [error]
+    [answer] = broadcast_object_list(found)
+    if isinstance(answer, DataError):
+        raise answer
+    return answer
+
+
 def load(
     checkpoint: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    config: dict[str, Any],
+    identity: dict[str, Any],
     accelerator: Accelerator,
 ) -> Progress:
-    """Restore model, optimizer and this rank's random state. Raises UsageError if the config asks for another run."""
-    differences = changed(manifest.read(checkpoint, "checkpoint").config, config)
-    if differences:
-        raise UsageError(f"cannot resume {checkpoint}: the config has changed: {'; '.join(differences)}")
-    device = str(accelerator.device)
-    _restore(_trainable_parameters(model), load_file(checkpoint / "model.safetensors", device=device))
-    _restore_optimizer(model, optimizer, load_file(checkpoint / "optimizer.safetensors", device=device))
+    """Restore model, optimizer and this rank's random state from a checkpoint that `newest` returned.
+
+    Raises UsageError if `identity` (config and data) is another run's.
+    """
+    refuse_another_run(checkpoint, manifest.read(checkpoint, "checkpoint").config, identity)
+    training_state.read(checkpoint, model, optimizer, accelerator.device)
     random = checkpoint / f"random-{accelerator.process_index:05d}.safetensors"
     if random.is_file():
-        _set_random_state(load_file(random))
+        random_state.restore(load_file(random))
     else:
         print(
             f"note: {checkpoint.name} has no random state for rank {accelerator.process_index}: more ranks than before"
         )
     return Progress(**json.loads((checkpoint / "progress.json").read_text()))
+
+
+def refuse_another_run(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise UsageError if `folder` was written by a run with other settings."""
+    if differences := changed(before, now):
+        raise UsageError(
+            f"cannot resume {folder}: the config has changed: {'; '.join(differences)}; "
+            "go back to the settings it began with, or choose another out"
+        )
 
 
 def changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -116,48 +183,25 @@ def _complete(out: Path) -> list[Path]:
     return sorted((out / FOLDER).glob("step-*"))
 
 
-def _trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+def _remove(checkpoint: Path) -> None:
+    """A kill while removing must not leave half a checkpoint under its name."""
+    aside = checkpoint.with_name(f".{checkpoint.name}.old{PARTIAL}")
+    os.rename(checkpoint, aside)
+    shutil.rmtree(aside)
 
 
-def _trainable(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().cpu().contiguous() for name, p in _trainable_parameters(model).items()}
+def _together(accelerator: Accelerator, work: Callable[[], None]) -> str:
+    """Do this rank's part. Returns, on every rank, the first complaint of any rank, or an empty string."""
+    problem = ""
+    try:
+        work()
+    except (OSError, SafetensorError, CheckpointException) as error:
+        problem = f"rank {accelerator.process_index}: {error}"
+    return next(filter(None, gather_object([problem])), "")
 
 
-def _restore(parameters: dict[str, nn.Parameter], saved: dict[str, Tensor]) -> None:
-    if parameters.keys() != saved.keys():
-        odd = sorted(parameters.keys() ^ saved.keys())[:3]
-        raise UsageError(f"the checkpoint's trainable parameters are not this run's (for example {', '.join(odd)})")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
-
-
-def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}/{field}": value.detach().cpu().contiguous()
-        for name, parameter in _trainable_parameters(model).items()
-        for field, value in optimizer.state[parameter].items()
-    }
-
-
-def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
-    parameters = _trainable_parameters(model)
-    for name, value in saved.items():
-        parameter, _, field = name.rpartition("/")
-        optimizer.state[parameters[parameter]][field] = value
-
-
-def _random_state() -> dict[str, Tensor]:
-    # Data order and augmentation carry their own generators; only torch's global ones (dropout) remain.
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def _set_random_state(state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+def _nothing() -> None:
+    """The part of a rank that only waits."""
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

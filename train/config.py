@@ -15,12 +15,15 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from encoders.config import EncoderConfig, Preset, preset
+from encoders.data.spec import DataSpec
 from encoders.errors import UsageError
 from eval.zero_shot_spec import ZeroShotSpec
 
 RECIPES = Path(__file__).parent / "recipes"
 # Settings of a run that cannot change its result: free to differ across a resume and between equal stages.
-FREE_RUN_KEYS = ("out", "resume", "workers", "log_every", "eval_every", "save_every", "keep", "tracker")
+FREE_RUN_KEYS = (
+    *("out", "resume", "workers", "log_every", "eval_every", "save_every", "keep", "tracker", "hang_limit"),
+)
 Config = TypeVar("Config")
 
 
@@ -52,6 +55,9 @@ class RunConfig:
     """Checkpoints kept."""
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
     """Experiment tracker beside metrics.jsonl."""
+    hang_limit: float = 1800.0
+    """Seconds that a step, a save or an evaluation may take. A run that is stuck for longer writes the stacks of every
+    rank and ends; raise it where an evaluation takes longer."""
     resume: bool = False
     """Continue from the newest checkpoint in `out`; starts afresh if there is none."""
 
@@ -59,6 +65,8 @@ class RunConfig:
         for name in ("steps", "batch_size", "micro_batches", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise UsageError(f"run.{name} is {getattr(self, name)} but must be at least 1")
+        if self.hang_limit <= 0:
+            raise UsageError(f"run.hang_limit is {self.hang_limit} but must be positive, in seconds")
         for name in ("workers", "eval_every", "save_every"):
             if getattr(self, name) < 0:
                 raise UsageError(f"run.{name} is {getattr(self, name)} but must not be negative")
@@ -83,17 +91,22 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class PairData:
-    """Folders of webdataset tars."""
+    """Data sets: a folder of tars as the embedded world writes them, or path, format and mapping of any other."""
 
-    train: Path = Path("runs/demo/scenes/shards/train")
-    val: Path = Path("runs/demo/scenes/shards/val")
+    train: Path | DataSpec = Path("runs/demo/scenes/shards/train")
+    val: Path | DataSpec = Path("runs/demo/scenes/shards/val")
     """Scored during training."""
-    test: Path = Path("runs/demo/scenes/shards/test")
+    test: Path | DataSpec = Path("runs/demo/scenes/shards/test")
     """Scored once, by the finished model."""
     max_bad_fraction: float = 0.01
     """The run stops when a larger share of its samples is bad."""
     zero_shot: tuple[ZeroShotSpec, ...] = ()
     """Further evaluation sets, as of `eval-encoder`, scored whenever `val` is and once by the finished model."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the training data lies."""
+        return self.train.path if isinstance(self.train, DataSpec) else self.train
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,11 @@ from train.config import ResolutionConfig, parse
 
 def main() -> None:
     config = parse(ResolutionConfig, "resolution_demo.yaml")
-    from train import loop, pair_task  # torch comes in only once the config is known to be right
+    from train import loop, pair_task, start, status  # torch comes in only once the config is known to be right
 
-    if not loop.prepare_folder(config.run):
-        return
-    accelerator = loop.build_accelerator(config.run)
-    with loop.status(config.run, accelerator):
+    start.prepare_folder(config.run)
+    accelerator = start.build_accelerator(config.run)
+    with status.status(config.run, accelerator):
         task = pair_task.finetune_resolution(config)
         loop.train(task, config.run, config.optim, accelerator)
 

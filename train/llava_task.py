@@ -78,6 +78,8 @@ class LlavaTask:
         self.model = tuning.apply(model, plan).train()
         print(tuning.who_trains(self.model))
         self.module: nn.Module = AnswerObjective(self.model)
+        self.entries: tuple[str, ...] = ()
+        self.data_fingerprint = manifest.fingerprint(config.data.chats)
         dataset = data.ChatDataset(chats, processor, TEMPLATES[template], config.data.max_length)
         self.dataset: Dataset[dict[str, Any]] = _Indexed(dataset)
         self.ledger = Ledger(max_bad_fraction=0)
@@ -104,10 +106,22 @@ class LlavaTask:
             total += loss.detach()
         return {"loss": total, "tokens": tokens.float()}
 
-    def after_first_step(self) -> str:
-        tuning.verify_moved(self.model, self.before, self.plan)
+    def adopt(self, module: nn.Module) -> None:
+        assert isinstance(module, AnswerObjective)
+        self.module = module
+        if isinstance(self.model, PeftModel):
+            self.model.base_model.model = module.llava
+        else:
+            self.model = module.llava
+
+    def check_step(self, micro_batches: list[Batch], accelerator: Accelerator) -> str | None:
+        images = torch.tensor(sum(len(batch["pixel_values"]) for batch in micro_batches), device=accelerator.device)
+        if not accelerator.reduce(images, "sum"):
+            return None  # the projector had nothing to learn from
+        if accelerator.is_main_process:
+            tuning.verify_moved(self.model, self.before, self.plan)
         self.before = {}
-        return "first step: what should train has moved, what is frozen is bit-identical"
+        return "first step with a picture: what should train has moved, what is frozen is bit-identical"
 
     def evaluate(self, accelerator: Accelerator) -> dict[str, float]:
         return {}

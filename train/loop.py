@@ -6,33 +6,34 @@ end. Checkpoints, resume, logging, the finite-loss guard and the run's status ar
 
 import json
 import math
-import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from encoders import manifest
+from encoders.data.order import StepOrder
 from encoders.data.pairs import Ledger
-from encoders.data.shards import StepOrder
-from encoders.errors import ModelError, SwapError, UsageError
-from train import checkpoint
+from encoders.errors import ModelError, Preempted
+from train import checkpoint, ranks, sharding
 from train.config import OptimConfig, RunConfig
 from train.optim import build, set_learning_rate
-from train.tracking import METRICS, Tracker
+from train.signals import StopRequest, leave_to_parent
+from train.status import STATUS
+from train.tracking import METRICS, Clock, Tracker
+from train.watchdog import STACKS, Watchdog
 
 Batch = dict[str, Any]
-STATUS = "status.json"
 NON_FINITE = "non_finite.json"
-RECORDS = (checkpoint.FOLDER, METRICS, STATUS, NON_FINITE, "tracker")  # of the run, not of the artifact it ends as
+# Of the run, not of the artifact that it ends as.
+RECORDS = (checkpoint.FOLDER, METRICS, STATUS, ranks.RANKS, STACKS, NON_FINITE, "tracker")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,11 @@ class Task(Protocol):
 
     name: str
     config: dict[str, Any]
+    data_fingerprint: str
+    """Identity of the training data: a resume on other data is refused."""
     module: nn.Module
+    entries: tuple[str, ...]
+    """Methods of `module` beside forward that `step` calls."""
     dataset: Dataset[dict[str, Any]]
     ledger: Ledger
 
@@ -62,8 +67,12 @@ class Task(Protocol):
     def step(self, module: nn.Module, micro_batches: list[Batch], accelerator: Accelerator) -> dict[str, Tensor]:
         """Forward and backward of one optimizer step. Returns detached scalars, `loss` among them."""
 
-    def after_first_step(self) -> str:
-        """Check, once, that the right parts moved; returns a line to print, or an empty string."""
+    def adopt(self, module: nn.Module) -> None:
+        """Work with this `module` from now on: the same one, whole or sharded."""
+
+    def check_step(self, micro_batches: list[Batch], accelerator: Accelerator) -> str | None:
+        """Check, once, that the right parts moved; returns a line to print, or an empty one. Called on every rank after
+        the first step, and again after the next one for as long as it returns None: nothing to judge by yet."""
 
     def evaluate(self, accelerator: Accelerator) -> dict[str, float]:
         """Held-out figures during training; called on the main process."""
@@ -72,62 +81,15 @@ class Task(Protocol):
         """Write the finished model's files; called on the main process."""
 
 
-def build_accelerator(run: RunConfig) -> Accelerator:
-    """Seeds, threads and the Accelerator of a run; call it before the model is built."""
-    if run.threads:
-        torch.set_num_threads(run.threads)
-    project = ProjectConfiguration(project_dir=str(run.out), logging_dir=str(run.out / "tracker"))
-    # Without `cpu` Accelerate takes every rank on a CPU machine for a run of its own.
-    on_cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=run.precision, log_with=run.tracker, project_config=project)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise UsageError(f"{launched} processes were launched but Accelerate sees {accelerator.num_processes}")
-    if run.tracker and not accelerator.log_with:
-        raise UsageError(f"run.tracker {run.tracker} is not installed; pip install {run.tracker} or leave it out")
-    torch.manual_seed(run.seed)
-    return accelerator
-
-
-def prepare_folder(run: RunConfig) -> bool:
-    """Whether there is anything to train. Raises UsageError if `out` is taken and the run was not asked to resume."""
-    if (run.out / manifest.MANIFEST).is_file() and run.resume:
-        print(f"{run.out} is already finished; nothing to do")
-        return False
-    taken = [name for name in (manifest.MANIFEST, checkpoint.FOLDER) if (run.out / name).exists()]
-    if taken and not run.resume:
-        raise UsageError(
-            f"{run.out} already holds a run ({', '.join(taken)}); pass --resume to continue it or choose another out"
-        )
-    run.out.mkdir(parents=True, exist_ok=True)
-    return True
-
-
-@contextmanager
-def status(run: RunConfig, accelerator: Accelerator) -> Iterator[None]:
-    """Keep status.json: launchers return 1 whatever happened, this file holds the state and the code."""
-
-    def write(state: str, code: int | None, message: str = "") -> None:
-        # Any rank may be the one that fails, and the launcher then kills the others.
-        if accelerator.is_main_process or state == "failed":
-            rank = accelerator.process_index
-            content = {"state": state, "code": code, "message": message, "rank": rank}
-            manifest.write_json(run.out / STATUS, content)
-
-    write("running", None)
-    try:
-        yield
-    except SwapError as error:
-        write("failed", error.exit_code, str(error))
-        raise
-    except BaseException as error:
-        write("failed", 1, repr(error))
-        raise
-    write("finished", 0)
-
-
 def train(task: Task, run: RunConfig, optim: OptimConfig, accelerator: Accelerator) -> None:
-    """Run the task to its last step and seal `run.out` as the artifact it makes."""
+    """Run the task to its last step and seal `run.out` as the artifact it makes.
+
+    Raises Preempted, with a checkpoint written, once any rank was asked to stop; UsageError if `out` holds another run.
+    """
+    if (run.out / manifest.MANIFEST).is_file():
+        checkpoint.refuse_another_run(run.out, manifest.read(run.out).config, task.config)
+        accelerator.print(f"{run.out} is already finished; nothing to do")
+        return
     order = StepOrder(
         len(task.dataset),  # type: ignore[arg-type]
         run.batch_size,
@@ -137,66 +99,115 @@ def train(task: Task, run: RunConfig, optim: OptimConfig, accelerator: Accelerat
         world=accelerator.num_processes,
         micro_batches=run.micro_batches,
     )
+    everyone = ranks.register(run.out, accelerator)
     optimizer = build(task.parameter_groups(), optim)
+    plan = _fit_for_fsdp(task, accelerator)
     module, optimizer = accelerator.prepare(task.module, optimizer)
+    if plan is not None:
+        sharding.enter_by(module, task.entries)
     torch.manual_seed(run.seed + accelerator.process_index)  # ranks draw different dropout masks
     progress = _resume(task, run, optimizer, accelerator)
     order.start = progress.step
+    unchecked = progress.step == 0
     if run.tracker:
         accelerator.init_trackers("encoder-swap", config=_flat_for_tracker(task.config))
 
-    with Tracker(run.out, task.name, run.steps, progress.step, accelerator) as tracker:
-        batches = _batches(task, order, run, accelerator.device)
-        clock = _Clock(run.batch_size)
+    tracker = Tracker(run.out, task.name, run.steps, progress.step, accelerator)
+    watchdog = Watchdog(run.out, everyone, run.hang_limit, accelerator)
+    batches = _batches(task, order, run, accelerator.device)
+    with StopRequest() as stop, watchdog, tracker, closing(batches):
+        clock = Clock(run.batch_size)
         for step in range(progress.step, run.steps):
+            watchdog.beat(f"waiting for the data of step {step + 1}")
             with clock.waiting():
                 micro_batches = [next(batches) for _ in range(run.micro_batches)]
+            watchdog.beat(f"computing step {step + 1}")
             for batch in micro_batches:
                 task.ledger.record(batch)
             rate = set_learning_rate(optimizer, step, run.steps, optim.warmup_steps)
             figures = task.step(module, micro_batches, accelerator)
-            loss = _finite_loss(figures["loss"], step, micro_batches, run.out, accelerator)
+            loss, leave = _agree(figures["loss"], stop, accelerator)
+            _refuse_non_finite(loss, figures["loss"], step, micro_batches, run.out, accelerator)
             if optim.clip_norm is not None:
                 accelerator.clip_grad_norm_(module.parameters(), optim.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
             done = step + 1
-            if done == 1 and (line := task.after_first_step()):
-                tracker.say(line)
+            if unchecked:
+                with _whole(task, plan, accelerator):
+                    line = task.check_step(micro_batches, accelerator)
+                unchecked = line is None
+                tracker.say(line or "")
             clock.tick()
             tracker.show(done, {"loss": loss, "samples/s": clock.rate, "data wait %": 100 * clock.wait_share})
             if done % run.log_every == 0 or done == run.steps:
-                scalars = {name: float(accelerator.reduce(value, "mean")) for name, value in figures.items()}
-                tracker.log(done, {**scalars, "lr": rate, "samples_per_s": clock.rate, "bad": len(task.ledger.bad)})
-            if run.eval_every and done % run.eval_every == 0 and done < run.steps:
-                _evaluate(task, tracker, done, accelerator)
-            if run.save_every and (done % run.save_every == 0 or done == run.steps):
+                means = {name: float(accelerator.reduce(value, "mean")) for name, value in figures.items()}
+                tracker.log(done, {**means, "lr": rate, "samples_per_s": clock.rate, "bad": len(task.ledger.bad)})
+            if run.eval_every and done % run.eval_every == 0 and done < run.steps and not leave:
+                watchdog.beat(f"evaluating after step {done}")
+                with _whole(task, plan, accelerator):
+                    _evaluate(task, tracker, done, accelerator)
+            if leave or (run.save_every and (done % run.save_every == 0 or done == run.steps)):
+                watchdog.beat(f"saving after step {done}")
                 state = checkpoint.Progress(done, _gathered(task.ledger))
-                unwrapped = accelerator.unwrap_model(module)
-                checkpoint.save(run.out, state, unwrapped, optimizer, task.config, run.keep, accelerator)
-    _seal(task, run, accelerator)
+                saved = checkpoint.save(run.out, state, task.module, optimizer, _identity(task), run.keep, accelerator)
+                if leave:
+                    raise Preempted(_farewell(run.out, done, saved))
+        watchdog.beat("writing the finished model")
+        with _whole(task, plan, accelerator):
+            _seal(task, run, accelerator)
+
+
+def _fit_for_fsdp(task: Task, accelerator: Accelerator) -> nn.Module | None:
+    """Under FSDP: tell Accelerate which layers to shard, and make every parameter one that can be. Returns the plan of
+    the whole module."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return None
+    plan = sharding.blueprint(task.module)
+    accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sharding.layers(task.module)
+    sharding.scalars_to_vectors(task.module)
+    return plan
+
+
+@contextmanager
+def _whole(task: Task, plan: nn.Module | None, accelerator: Accelerator) -> Iterator[None]:
+    """Under FSDP: inside, the main process' task holds a whole copy of its module, which needs no other rank."""
+    if plan is None:
+        yield
+        return
+    sharded = task.module
+    if plain := sharding.whole(sharded, plan, accelerator.device, keep=accelerator.is_main_process):
+        task.adopt(plain)
+    yield
+    task.adopt(sharded)
+
+
+def _identity(task: Task) -> dict[str, Any]:
+    """What a checkpoint belongs to: it can be resumed under these settings, on this data, and no other."""
+    return {**task.config, "data_fingerprint": task.data_fingerprint}
 
 
 def _resume(task: Task, run: RunConfig, optimizer: Any, accelerator: Accelerator) -> checkpoint.Progress:
-    found = checkpoint.newest(run.out) if run.resume else None
+    found = checkpoint.newest_for_all(run.out, accelerator) if run.resume else None
     if found is None:
         if run.resume:
             accelerator.print(f"no checkpoint in {run.out}: starting from the beginning")
         return checkpoint.Progress(0, {})
-    progress = checkpoint.load(found, task.module, optimizer, task.config, accelerator)
+    progress = checkpoint.load(found, task.module, optimizer, _identity(task), accelerator)
     if accelerator.is_main_process:  # one rank carries on what all had counted
         task.ledger.seen, task.ledger.bad = progress.ledger["seen"], progress.ledger["bad"]
     accelerator.print(f"resuming {run.out} after step {progress.step}")
     return progress
 
 
-def _batches(task: Task, order: StepOrder, run: RunConfig, device: torch.device) -> Iterator[Batch]:
+def _batches(task: Task, order: StepOrder, run: RunConfig, device: torch.device) -> Generator[Batch, None, None]:
     loader = DataLoader(
         task.dataset,
         batch_sampler=order,
         collate_fn=task.collate,
         num_workers=run.workers,
         pin_memory=device.type == "cuda",
+        worker_init_fn=leave_to_parent,
         generator=torch.Generator().manual_seed(run.seed),  # else the loader would draw from the global state
     )
     for batch in loader:
@@ -206,21 +217,34 @@ def _batches(task: Task, order: StepOrder, run: RunConfig, device: torch.device)
         }
 
 
-def _finite_loss(loss: Tensor, step: int, micro_batches: list[Batch], out: Path, accelerator: Accelerator) -> float:
-    """The mean loss of all ranks. If it is not finite every rank stops before the update: the step, and each rank's
-    loss and sample ids, are written to non_finite.json, and ModelError is raised."""
-    value = float(accelerator.reduce(loss, "mean"))
-    if not math.isfinite(value):
-        ids = [i for batch in micro_batches for i in batch["sample_ids"]]
-        mine = {"rank": accelerator.process_index, "loss": str(float(loss)), "sample_ids": ids}
-        ranks = gather_object([mine])
-        if accelerator.is_main_process:
-            manifest.write_json(out / NON_FINITE, {"step": step + 1, "ranks": ranks})
-        raise ModelError(
-            f"loss is {value} at step {step + 1}, before the update; the samples are in {out / NON_FINITE}; lower "
-            "optim.lr or look at these samples, then go on from the last checkpoint with --resume"
-        )
-    return value
+def _agree(loss: Tensor, stop: StopRequest, accelerator: Accelerator) -> tuple[float, bool]:
+    """One message between the ranks per step: the mean loss, and whether any of them was asked to stop."""
+    mine = torch.stack([loss.float(), torch.tensor(float(stop.noted is not None), device=loss.device)])
+    mean, asked = accelerator.reduce(mine, "mean").tolist()
+    return mean, asked > 0
+
+
+def _farewell(out: Path, done: int, saved: bool) -> str:
+    state = f"a checkpoint of step {done} is written" if saved else "no checkpoint could be written now"
+    return f"{out} was asked to stop: {state}; go on with --resume"
+
+
+def _refuse_non_finite(
+    mean: float, loss: Tensor, step: int, micro_batches: list[Batch], out: Path, accelerator: Accelerator
+) -> None:
+    """If the mean loss is not finite every rank stops before the update: the step, and each rank's loss and sample ids,
+    are written to non_finite.json, and ModelError is raised."""
+    if math.isfinite(mean):
+        return
+    ids = [i for batch in micro_batches for i in batch["sample_ids"]]
+    mine = {"rank": accelerator.process_index, "loss": str(float(loss)), "sample_ids": ids}
+    everyone = gather_object([mine])
+    if accelerator.is_main_process:
+        manifest.write_json(out / NON_FINITE, {"step": step + 1, "ranks": everyone})
+    raise ModelError(
+        f"loss is {mean} at step {step + 1}, before the update; the samples are in {out / NON_FINITE}; lower "
+        "optim.lr or look at these samples, then go on from the last checkpoint with --resume"
+    )
 
 
 def _evaluate(task: Task, tracker: Tracker, step: int, accelerator: Accelerator) -> None:
@@ -246,31 +270,10 @@ def _seal(task: Task, run: RunConfig, accelerator: Accelerator) -> None:
 
 
 def _gathered(ledger: Ledger) -> dict[str, Any]:
-    """What all ranks counted. Every rank must call it."""
-    return {"seen": sum(gather_object([ledger.seen])), "bad": gather_object(list(ledger.bad))}
+    """What all ranks counted, in an order that no resume changes. Every rank must call it."""
+    bad = sorted(gather_object(list(ledger.bad)), key=lambda report: json.dumps(report, sort_keys=True))
+    return {"seen": sum(gather_object([ledger.seen])), "bad": bad}
 
 
 def _flat_for_tracker(config: dict[str, Any]) -> dict[str, str]:
     return {name: json.dumps(value, default=str) for name, value in config.items()}
-
-
-class _Clock:
-    """Samples per second and the share of time spent waiting for data, over the recent past."""
-
-    def __init__(self, samples_per_step: int):
-        self.samples = samples_per_step
-        self.last = time.monotonic()
-        self.wait = self.wait_share = self.rate = 0.0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self.wait = time.monotonic() - began
-
-    def tick(self) -> None:
-        now = time.monotonic()
-        seconds, self.last = now - self.last, now
-        memory = 0.9 if self.rate else 0.0
-        self.rate = memory * self.rate + (1 - memory) * self.samples / seconds
-        self.wait_share = memory * self.wait_share + (1 - memory) * self.wait / seconds

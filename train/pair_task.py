@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from encoders import encoder_run, objectives
+from encoders.data.formats import open_samples
 from encoders.data.pairs import Ledger, TrainingPairs, collate, evaluation_set
-from encoders.data.shards import BadSample, TarSamples
+from encoders.data.samples import BadSample, Samples
 from encoders.data.tokenizers import FILE as TOKENIZER_FILE
 from encoders.data.tokenizers import CaptionTokenizer
 from encoders.errors import ModelError
@@ -32,7 +33,7 @@ RANKS_FILE = "retrieval.jsonl"
 
 def pretrain(config: PretrainConfig, accelerator: Accelerator) -> "PairTask":
     """A fresh model of `config.model`. Raises ModelError if the tokenizer's ids exceed the embedding table."""
-    samples = TarSamples(config.data.train)
+    samples = open_samples(config.data.train)
     tokenizer = _tokenizer(config, samples, accelerator)
     if tokenizer.size > config.model.text.vocab_size:
         raise ModelError(
@@ -40,7 +41,7 @@ def pretrain(config: PretrainConfig, accelerator: Accelerator) -> "PairTask":
             "raise vocab_size or use a smaller tokenizer"
         )
     model = objectives.build(config.model)
-    return PairTask("pretrain", asdict(config), config.data, samples, model, tokenizer, {"data": config.data.train})
+    return PairTask("pretrain", asdict(config), config.data, samples, model, tokenizer, {"data": config.data.folder})
 
 
 def finetune_resolution(config: ResolutionConfig) -> "PairTask":
@@ -49,8 +50,8 @@ def finetune_resolution(config: ResolutionConfig) -> "PairTask":
     before = model.config.vision.image_size
     model.resize(config.image_size)
     print(f"position table: {before} px -> {config.image_size} px ({model.config.vision.grid} patches a side)")
-    parents = {"data": config.data.train, "init": config.init}
-    samples = TarSamples(config.data.train)
+    parents = {"data": config.data.folder, "init": config.init}
+    samples = open_samples(config.data.train)
     return PairTask("resolution", asdict(config), config.data, samples, model.train(), tokenizer, parents)
 
 
@@ -62,20 +63,23 @@ class PairTask:
         name: str,
         config: dict[str, Any],
         data: PairData,
-        samples: TarSamples,
+        samples: Samples,
         model: Objective,
         tokenizer: CaptionTokenizer,
         parents: dict[str, Path],
     ):
         self.name, self.config, self.data, self.parents = name, config, data, parents
         self.module: nn.Module = model
+        self.entries: tuple[str, ...] = ("encode",)  # cached_step's first pass
+        self.data_fingerprint = samples.fingerprint()
+        self.shard_sizes, self.fetch_ahead = samples.sizes, samples.fetch_ahead
         self.model, self.tokenizer, self.samples = model, tokenizer, samples
         self.dataset: Dataset[dict[str, Any]] = TrainingPairs(
             samples, model.config, tokenizer, model.texts, config["run"]["seed"]
         )
         self.ledger = Ledger(data.max_bad_fraction)
         # Opened now so that a missing folder is told before hours of training.
-        self.held_out = {"val": TarSamples(data.val), "test": TarSamples(data.test)}
+        self.held_out = {"val": open_samples(data.val), "test": open_samples(data.test)}
         self.zero_shot = open_sets(data.zero_shot)
 
     def collate(self, examples: list[dict[str, Any]]) -> Batch:
@@ -92,7 +96,11 @@ class PairTask:
         accelerator.backward(output["loss"])
         return {name: value.detach() for name, value in output.items()}
 
-    def after_first_step(self) -> str:
+    def adopt(self, module: nn.Module) -> None:
+        assert isinstance(module, Objective)
+        self.module = self.model = module
+
+    def check_step(self, micro_batches: list[Batch], accelerator: Accelerator) -> str:
         return ""
 
     def evaluate(self, accelerator: Accelerator) -> dict[str, float]:
@@ -141,7 +149,7 @@ class PairTask:
         )
 
 
-def _tokenizer(config: PretrainConfig, samples: TarSamples, accelerator: Accelerator) -> CaptionTokenizer:
+def _tokenizer(config: PretrainConfig, samples: Samples, accelerator: Accelerator) -> CaptionTokenizer:
     if config.model.text.tokenizer is not None:
         return CaptionTokenizer.read(Path(config.model.text.tokenizer), config.model.text.kind)
     kept = config.run.resume and (config.run.out / TOKENIZER_FILE).is_file()
@@ -152,7 +160,7 @@ def _tokenizer(config: PretrainConfig, samples: TarSamples, accelerator: Acceler
     return CaptionTokenizer.read(config.run.out, config.model.text.kind)
 
 
-def _captions(samples: TarSamples) -> Iterator[str]:
+def _captions(samples: Samples) -> Iterator[str]:
     for index in range(0, len(samples), max(len(samples) // TOKENIZER_SAMPLES, 1)):
         try:
             sample = samples[index]

@@ -119,7 +119,8 @@ def _scene_options(script: str, words: tuple[object, ...], scenes: Path) -> list
 def _data_of(recipe: Path) -> list[Path]:
     """The data that a recipe names, so that a change of it is seen."""
     data = load_yaml(recipe).get("data", {})
-    return [Path(data[name]) for name in ("train", "val", "test", "chats") if name in data]
+    named = [data[name] for name in ("train", "val", "test", "chats") if name in data]
+    return [Path(one["path"] if isinstance(one, dict) else one) for one in named]
 
 
 class Runner:

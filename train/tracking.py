@@ -2,7 +2,10 @@
 an experiment tracker through Accelerate."""
 
 import json
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 METRICS = "metrics.jsonl"
 SECONDS_BETWEEN_LINES = 10
+
+
+def tell(message: str) -> None:
+    """Print a line; the disk that takes the output may be full, and that must not end a run."""
+    with suppress(OSError):
+        print(message, flush=True)
 
 
 class Tracker:
@@ -51,8 +60,7 @@ class Tracker:
         """Record figures after optimizer step `step` (from 1)."""
         if not self.main:
             return
-        with self.file.open("a") as stream:
-            stream.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._append(json.dumps({"step": step, **metrics}) + "\n")
         if self.accelerator.trackers:
             self.accelerator.log(metrics, step=step)
 
@@ -64,13 +72,27 @@ class Tracker:
         due = now - self.printed >= SECONDS_BETWEEN_LINES or step == self.steps
         if self.main and not self.terminal and due:
             eta = (now - self.began) / max(step - self.start, 1) * (self.steps - step)
-            print(f"{self.name} {step}/{self.steps}  eta {eta:.0f} s  {text}", flush=True)
+            tell(f"{self.name} {step}/{self.steps}  eta {eta:.0f} s  {text}")
             self.printed = now
 
     def say(self, message: str) -> None:
-        """A line above the bar."""
-        if self.main:
+        """A line above the bar; nothing for an empty one."""
+        if not (self.main and message):
+            return
+        if self.terminal:
             self.bar.console.print(message, highlight=False, soft_wrap=True)
+        else:
+            tell(message)
+
+    def _append(self, row: str) -> None:
+        """A full disk costs rows of the log, not the run."""
+        before = self.file.stat().st_size
+        try:
+            with self.file.open("a") as stream:
+                stream.write(row)
+        except OSError as error:
+            os.truncate(self.file, before)
+            self.say(f"warning: a row of {self.file} could not be written ({error})")
 
     def _drop_rows_after(self, step: int) -> None:
         """Rows that a killed run wrote after its last checkpoint will be written again."""
@@ -81,3 +103,25 @@ class Tracker:
 
 def _short(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+class Clock:
+    """Samples per second and the share of time spent waiting for data, over the recent past."""
+
+    def __init__(self, samples_per_step: int):
+        self.samples = samples_per_step
+        self.last = time.monotonic()
+        self.wait = self.wait_share = self.rate = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.wait = time.monotonic() - began
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        seconds, self.last = now - self.last, now
+        memory = 0.9 if self.rate else 0.0
+        self.rate = memory * self.rate + (1 - memory) * self.samples / seconds
+        self.wait_share = memory * self.wait_share + (1 - memory) * self.wait / seconds

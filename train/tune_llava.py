@@ -12,12 +12,11 @@ from train.config import LlavaConfig, parse
 
 def main() -> None:
     config = parse(LlavaConfig, "projector_demo.yaml")
-    from train import llava_task, loop  # torch comes in only once the config is known to be right
+    from train import llava_task, loop, start, status  # torch comes in only once the config is known to be right
 
-    if not loop.prepare_folder(config.run):
-        return
-    accelerator = loop.build_accelerator(config.run)
-    with loop.status(config.run, accelerator):
+    start.prepare_folder(config.run)
+    accelerator = start.build_accelerator(config.run)
+    with status.status(config.run, accelerator):
         task = llava_task.projector(config) if config.stage == "projector" else llava_task.lora(config)
         loop.train(task, config.run, config.optim, accelerator)
 

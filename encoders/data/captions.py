@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from encoders.config import DreamlipOptions
-from encoders.data.shards import BadSample, Sample
+from encoders.data.samples import BadSample, Sample
 from encoders.data.tokenizers import CaptionTokenizer
+from encoders.errors import DataError
 
 _STOPS = re.compile(r"[.!\n]+|</s>")
 
@@ -23,8 +24,13 @@ def sentences(caption: str) -> list[str]:
 
 
 def any_of(captions: Mapping[str, str], rng: np.random.Generator) -> str:
-    """One captioner's caption, drawn uniformly; of a single one nothing is drawn."""
+    """One captioner's caption, drawn uniformly; of a single one nothing is drawn. Raises DataError if there is none."""
     texts = list(captions.values())
+    if not texts:
+        raise DataError(
+            "the objective draws a synthetic caption, but the data set has none of its kind: name their column in the "
+            "mapping (short, long)"
+        )
     return texts[rng.integers(len(texts))] if len(texts) > 1 else texts[0]
 
 

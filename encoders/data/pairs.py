@@ -5,6 +5,7 @@ A bad sample's slot takes a spare (again a function of seed, epoch and id); what
 travels inside the batch to the ledger.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,24 +17,26 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from encoders.config import EncoderConfig
-from encoders.data.shards import BadSample, Sample, TarSamples
+from encoders.data.samples import BadSample, Sample, Samples
 from encoders.data.tokenizers import NO_TARGET, CaptionTokenizer, pad_texts
-from encoders.data.transforms import decode, eval_transform, train_transform
+from encoders.data.transforms import PictureTooLarge, decode, eval_transform, train_transform
 from encoders.errors import DataError
 
 Texts = Mapping[str, list[int] | list[list[int]]]
 """Unpadded ids of one sample: names ending in "_ids" hold one text or a list of K; "targets" the captioner's target."""
 TextDraw = Callable[[Sample, CaptionTokenizer, EncoderConfig, np.random.Generator], Texts]
-SPARES = 10
+SPARES = (10, 40)  # from the same shard, from all
+SPARE_DRAWS = 10  # tells the generator of spares from that of the sample's own draws
 
 
 class TrainingPairs(Dataset[dict[str, Any]]):
     """(epoch, sample id) -> one sample's `images` uint8 (3,H,H) and the objective's unpadded token ids."""
 
     def __init__(
-        self, samples: TarSamples, config: EncoderConfig, tokenizer: CaptionTokenizer, texts: TextDraw, seed: int
+        self, samples: Samples, config: EncoderConfig, tokenizer: CaptionTokenizer, texts: TextDraw, seed: int
     ):
         self.samples, self.config, self.tokenizer, self.texts, self.seed = samples, config, tokenizer, texts, seed
+        self._ends = np.cumsum(samples.sizes)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -41,19 +44,28 @@ class TrainingPairs(Dataset[dict[str, Any]]):
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
         """Raises DataError if the sample and all of its spares are bad."""
         epoch, wanted = item
-        spares = np.random.default_rng([self.seed, epoch, wanted, SPARES]).integers(len(self), size=SPARES)
-        bad: list[dict[str, Any]] = []
-        for index in (wanted, *(int(i) for i in spares)):
+        try:
+            return {**self._load(epoch, wanted), "sample_id": wanted, "bad": []}
+        except BadSample as error:
+            found = error
+        for spare in self._spares(epoch, wanted):
             try:
-                example = self._load(epoch, index)
-            except BadSample as error:
-                bad.append({"reason": error.reason, "shard": error.shard, "key": error.key, "epoch": epoch})
-                continue
-            for report in bad:
-                report["spare"] = self.samples.entries[index].key
-            return {**example, "sample_id": index, "bad": bad}
-        names = ", ".join(f"{report['shard']}/{report['key']} ({report['reason']})" for report in bad[:3])
-        raise DataError(f"sample {wanted} and its {SPARES} spares are all bad: {names}, ...; check the shards")
+                example = self._load(epoch, spare)
+            except BadSample:
+                continue  # counted where it comes itself, once an epoch
+            report = {"id": wanted, "reason": found.reason, "shard": found.shard, "key": found.key, "epoch": epoch}
+            report |= {"spare": self.samples.key(spare), "spare_id": spare}
+            return {**example, "sample_id": spare, "bad": [report]}
+        raise DataError(f"sample {wanted} and its {sum(SPARES)} spares are all bad: {found}; check the data")
+
+    def _spares(self, epoch: int, wanted: int) -> list[int]:
+        """Samples that may stand in: first from the same shard, which is at hand, then from all."""
+        rng = np.random.default_rng([self.seed, epoch, wanted, SPARE_DRAWS])
+        shard = int(np.searchsorted(self._ends, wanted, side="right"))
+        first = self._ends[shard] - self.samples.sizes[shard]
+        near, anywhere = SPARES
+        drawn = [*rng.integers(first, self._ends[shard], near), *rng.integers(len(self), size=anywhere)]
+        return [int(spare) for spare in drawn]
 
     def _load(self, epoch: int, index: int) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, epoch, index])
@@ -67,6 +79,8 @@ def decode_sample(sample: Sample) -> Tensor:
     """The sample's picture, uint8 (3,H,W). Raises BadSample if it does not decode."""
     try:
         return decode(sample.image)
+    except PictureTooLarge as error:
+        raise BadSample("oversized image", sample.shard, sample.key, str(error)) from error
     except RuntimeError as error:
         reason = str(error).split(": ")[-1].strip()
         raise BadSample("undecodable image", sample.shard, sample.key, reason) from error
@@ -116,12 +130,11 @@ class Ledger:
 
     def by_reason(self) -> dict[str, int]:
         """Bad samples per reason."""
-        reasons = [report["reason"] for report in self.bad]
-        return {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+        return dict(sorted(Counter(report["reason"] for report in self.bad).items()))
 
 
-def evaluation_set(samples: TarSamples, config: EncoderConfig, tokenizer: CaptionTokenizer) -> dict[str, Any]:
-    """Held-out pairs, whole; the query is the sample's first short caption.
+def evaluation_set(samples: Samples, config: EncoderConfig, tokenizer: CaptionTokenizer) -> dict[str, Any]:
+    """Held-out pairs, whole; the query is the sample's first short caption, or its web caption in a set without any.
 
     `images` uint8 (n,3,H,H), `short_ids` (n,L); `short_lengths`, `captions` and `keys` are lists of n. Raises
     DataError for a bad sample: an evaluation never replaces one.
@@ -133,7 +146,7 @@ def evaluation_set(samples: TarSamples, config: EncoderConfig, tokenizer: Captio
             images.append(eval_transform(decode_sample(sample), config.vision.image_size, config.preprocess))
         except BadSample as error:
             raise DataError(f"held-out {error}; an evaluation set must be whole") from error
-        query = next(iter(sample.short.values()))
+        query = next(iter(sample.short.values()), sample.web)
         ids.append(tokenizer.encode(query, config.text.length))
         captions.append(query)
         keys.append(sample.key)

@@ -1,216 +1,179 @@
-"""Webdataset tars as a random-access list of samples, and the order in which training visits them.
+"""Webdataset tars as a random-access set of samples, on a disk of this machine or elsewhere.
 
-A folder of `*.tar` is scanned once (headers only); a sample is then two reads at known offsets. The order is a pure
-function of (seed, epoch, step), so a resumed run computes its position and reads nothing again.
+A sample is one read per member at offsets that the index knows. Nothing is unpacked, unpickled or executed.
 """
 
-import json
+import hashlib
 import os
-import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import OrderedDict
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
-from torch.utils.data import Sampler
 
-from encoders.errors import DataError, UsageError
+from encoders.data.captions_table import CaptionTable
+from encoders.data.index import SetIndex, ShardIndex, index_folder, index_shard, place_for
+from encoders.data.remote import ShardCache, is_remote
+from encoders.data.samples import MAX_IMAGE, MAX_TEXT, BadSample, Fields, Sample, build, parse_json
+from encoders.data.spec import Columns, read_columns
+from encoders.data.tar_headers import Member
+from encoders.errors import DataError
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
-SYNTHETIC = "synthetic"  # the captioner of a shard that does not name its own
-OPEN_SHARDS = 64
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One picture, still encoded, with its web caption and its synthetic ones: captioner -> caption, in file order."""
-
-    key: str
-    shard: str
-    image: bytes
-    web: str
-    short: dict[str, str]
-    long: dict[str, str]
-
-
-class BadSample(Exception):
-    """A sample that cannot be used: counted by `reason` and named, never substituted in silence."""
-
-    def __init__(self, reason: str, shard: str, key: str, detail: str):
-        super().__init__(f"{shard}: sample {key!r}: {reason} ({detail})")
-        self.reason, self.shard, self.key = reason, shard, key
-
-
-class Member(NamedTuple):
-    """Where a tar member's content lies in its shard."""
-
-    offset: int
-    size: int
-
-
-class Entry(NamedTuple):
-    """Where a sample lies."""
-
-    shard: int
-    key: str
-    image: Member
-    text: Member
+OPEN_SHARDS = 300
 
 
 class TarSamples:
-    """All samples of a folder of tars, by shard name and place in the shard. Picklable; files open on first use."""
+    """The samples of a folder of tars, or of the shards listed in a file of `python -m encoders.data.index`: by shard
+    name and place in the shard. Picklable; files open on first use.
 
-    def __init__(self, folder: Path):
-        self.shards = list_shards(folder)
-        self.entries = [entry for i, shard in enumerate(self.shards) for entry in scan(shard, i)]
-        self._streams: dict[int, BinaryIO] = {}
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, index: int) -> Sample:
-        """Raises BadSample if the json is not an object or a caption is missing, empty or not a string."""
-        entry = self.entries[index]
-        shard = self.shards[entry.shard].name
-        try:
-            text = json.loads(self._read(entry.shard, entry.text))
-        except ValueError as error:
-            raise BadSample("unreadable json", shard, entry.key, str(error)) from error
-        if not isinstance(text, dict):
-            raise BadSample("unreadable json", shard, entry.key, f"not an object but {text!r:.80}")
-        web = _caption(text.get("web"), "web", shard, entry.key)
-        short, long = (_by_captioner(text.get(name), name, shard, entry.key) for name in ("short", "long"))
-        return Sample(entry.key, shard, self._read(entry.shard, entry.image), web, short, long)
-
-    def _read(self, shard: int, member: Member) -> bytes:
-        if shard not in self._streams:
-            if len(self._streams) >= OPEN_SHARDS:
-                self._streams.pop(next(iter(self._streams))).close()
-            self._streams[shard] = self.shards[shard].open("rb")
-        # pread and not seek: forked loader workers share the file's position.
-        return os.pread(self._streams[shard].fileno(), member.size, member.offset)
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_streams": {}}  # open files do not travel to loader workers
-
-
-def _caption(value: Any, name: str, shard: str, key: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise BadSample(f"no {name} caption", shard, key, f"found {value!r:.80}")
-    try:
-        value.encode()  # half a surrogate pair passes json, but no tokenizer
-    except UnicodeEncodeError as error:
-        raise BadSample(f"unreadable {name} caption", shard, key, str(error)) from error
-    return value
-
-
-def _by_captioner(value: Any, name: str, shard: str, key: str) -> dict[str, str]:
-    """A json's `short` or `long`, a caption or captions by captioner, as the latter."""
-    captions = value if isinstance(value, dict) and value else {SYNTHETIC: value}
-    return {captioner: _caption(caption, name, shard, key) for captioner, caption in captions.items()}
-
-
-def list_shards(folder: Path) -> list[Path]:
-    """The tars of a folder, sorted. Raises DataError if there are none."""
-    if not folder.is_dir():
-        raise DataError(f"data folder {folder} does not exist; write scenes with `python -m encoders.data.scenes OUT`")
-    shards = sorted(folder.glob("*.tar"))
-    if not shards:
-        raise DataError(f"data folder {folder} holds no .tar shard; point the config's data section at one that does")
-    return shards
-
-
-def scan(shard: Path, index: int) -> list[Entry]:
-    """Read a tar's headers. Raises DataError if it is truncated, empty, or a sample lacks its picture or its json."""
-    samples: dict[str, dict[str, Member]] = {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for info in tar:
-                if not info.isfile():
-                    continue
-                key, suffix = split_name(info.name)
-                parts = samples.setdefault(key, {})
-                if suffix in parts:
-                    raise DataError(f"{shard}: member {info.name!r} occurs twice; write the shard again")
-                parts[suffix] = Member(info.offset_data, info.size)
-            whole = _ends_properly(shard, tar.offset)
-    except tarfile.TarError as error:
-        raise DataError(
-            f"{shard} is damaged or truncated after {len(samples)} samples ({error}); write it again or remove it"
-        ) from error
-    if not whole:
-        raise DataError(f"{shard} is truncated after {len(samples)} samples; write it again or remove it")
-    if not samples:
-        raise DataError(f"{shard} holds no sample; remove it")
-    return [_entry(shard, index, key, parts) for key, parts in samples.items()]
-
-
-def split_name(member: str) -> tuple[str, str]:
-    """(key, suffix) of a member as webdataset splits it: at the first dot of its last path part."""
-    folder, slash, name = member.removeprefix("./").rpartition("/")
-    stem, _, suffix = name.partition(".")
-    return folder + slash + stem, suffix.lower()
-
-
-def _entry(shard: Path, index: int, key: str, parts: dict[str, Member]) -> Entry:
-    images = [suffix for suffix in IMAGE_SUFFIXES if suffix in parts]
-    if len(images) != 1 or "json" not in parts:
-        wanted = f"one of .{', .'.join(IMAGE_SUFFIXES)} and a .json"
-        raise DataError(f"{shard}: sample {key!r} has members {sorted(parts)[:5]} but needs {wanted}")
-    return Entry(index, key, parts[images[0]], parts["json"])
-
-
-def _ends_properly(shard: Path, end_of_members: int) -> bool:
-    """A whole tar has at least one block of zeros after its last member; a cut one usually has not."""
-    with shard.open("rb") as stream:
-        stream.seek(max(end_of_members - tarfile.BLOCKSIZE, 0))
-        return tarfile.NUL * tarfile.BLOCKSIZE in stream.read(2 * tarfile.BLOCKSIZE)
-
-
-class StepOrder(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, sample id) for one rank, from `start` to `steps`; micro-batches of a step follow each other.
-
-    Every epoch is a fresh permutation of all samples; the last incomplete global batch of an epoch is dropped. Global
-    batch t holds the same samples whatever the number of ranks.
+    Raises DataError if there is no shard or no sample.
     """
 
     def __init__(
-        self, samples: int, global_batch: int, steps: int, seed: int, *, rank: int, world: int, micro_batches: int = 1
+        self,
+        path: Path,
+        columns: Columns | None = None,
+        captions: CaptionTable | None = None,
+        cache: Path | None = None,
+        cache_gb: float = 100.0,
     ):
-        if global_batch % (world * micro_batches):
-            raise UsageError(
-                f"batch_size {global_batch} does not divide into {world} rank(s) x {micro_batches} micro-batch(es)"
-            )
-        if samples < global_batch:
-            raise UsageError(
-                f"{samples} training samples are fewer than one batch of {global_batch}; lower the batch size"
-            )
-        self.samples, self.global_batch, self.steps, self.seed = samples, global_batch, steps, seed
-        self.rank, self.world, self.micro_batches = rank, world, micro_batches
-        self.start = 0
-        self._cached: tuple[int, np.ndarray] | None = None
+        self.columns = columns or read_columns("embedded_world")
+        self.captions = captions
+        self.index = _read_list(path) if path.is_file() else index_folder(path, cache)
+        self.cache = ShardCache(cache, cache_gb)
+        self._index_cache = cache
+        self._ends = np.cumsum(self.index.counts)
+        self._open: OrderedDict[int, tuple[ShardIndex, BinaryIO]] = OrderedDict()
 
     @property
-    def steps_per_epoch(self) -> int:
-        return self.samples // self.global_batch
+    def sizes(self) -> np.ndarray:
+        """Samples of each shard, int64 (shards,)."""
+        return self.index.counts
 
     def __len__(self) -> int:
-        return (self.steps - self.start) * self.micro_batches
+        return int(self._ends[-1])
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in range(self.start, self.steps):
-            epoch, ids = self.global_ids(step)
-            mine = ids[self.rank :: self.world]
-            for micro in np.split(mine, self.micro_batches):
-                yield [(epoch, int(i)) for i in micro]
+    def __getitem__(self, index: int) -> Sample:
+        """Raises BadSample if the sample is damaged, ambiguous or incomplete, DataError if its shard has changed."""
+        parts = self._parts(index)
+        shard, key = self.shard(index), self.key(index)
+        read: dict[str, bytes | None] = {}  # each member once
 
-    def global_ids(self, step: int) -> tuple[int, np.ndarray]:
-        """(epoch, sample ids of the global batch) of a step."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        return epoch, self._permutation(epoch)[place * self.global_batch : (place + 1) * self.global_batch]
+        def member(column: str, limit: int) -> bytes | None:
+            if column not in read:
+                read[column] = self._read(index, parts[column], limit) if column in parts else None
+            return read[column]
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if self._cached is None or self._cached[0] != epoch:
-            self._cached = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.samples))
-        return self._cached[1]
+        def field(column: str) -> Any:
+            suffix, dot, name = column.partition(".")
+            content = member("json" if suffix == "json" and dot else column, MAX_TEXT)
+            if content is None:
+                raise BadSample(
+                    f"no {suffix if suffix == 'json' else column}", shard, key, f"members: {sorted(parts)[:9]}"
+                )
+            if suffix == "json" and dot:
+                return parse_json(content, shard, key).get(name)
+            try:
+                return content.decode()
+            except UnicodeDecodeError as error:
+                raise BadSample(f"unreadable {column}", shard, key, str(error)) from error
+
+        captions: Fields = field
+        if self.captions is not None:
+            assert self.columns.join is not None  # open_samples sees to it
+            captions = self.captions.row(field(self.columns.join.sample), shard, key).get
+        return build(self.columns, lambda column: member(column, MAX_IMAGE), captions, shard, key)
+
+    def has(self, index: int, suffix: str) -> bool:
+        """Whether a sample has a member of this suffix. Raises BadSample if its members cannot be trusted."""
+        return suffix in self._parts(index)
+
+    def read(self, index: int, suffix: str) -> bytes:
+        """One member of a sample. Raises BadSample if it has none."""
+        parts = self._parts(index)
+        if suffix not in parts:
+            raise BadSample(f"no {suffix}", self.shard(index), self.key(index), f"members: {sorted(parts)[:9]}")
+        return self._read(index, parts[suffix], MAX_IMAGE)
+
+    def shard(self, index: int) -> str:
+        """The name of the shard a sample lies in."""
+        return self.index.name(self._place(index)[0]).rpartition("/")[2]
+
+    def key(self, index: int) -> str:
+        shard, place = self._place(index)
+        found, _ = self._opened(shard)
+        return found.key(place) if place < len(found) else f"sample {place}"
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(f"{self.index.fingerprint()} {self.columns}".encode())
+        if self.captions is not None:
+            digest.update(self.captions.fingerprint().encode())
+        return digest.hexdigest()
+
+    def fetch_ahead(self, shards: np.ndarray) -> None:
+        """Start fetching those of these shards that lie elsewhere, in the background."""
+        listed = [(self.index.name(int(shard)), int(self.index.bytes[shard])) for shard in shards]
+        self.cache.ahead([(name, size) for name, size in listed if is_remote(name)])
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """(shard, place in it) of a sample."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return shard, int(index - self._ends[shard] + self.index.counts[shard])
+
+    def _parts(self, index: int) -> dict[str, Member]:
+        """A sample's members. Raises BadSample if they cannot be trusted."""
+        shard, place = self._place(index)
+        found, _ = self._opened(shard)
+        name = self.shard(index)
+        if place >= len(found):
+            detail = f"{self.index.counts[shard]} samples were announced; {found.damage or f'it holds {len(found)}'}"
+            raise BadSample("damaged tar" if found.damage else "missing sample", name, f"sample {place}", detail)
+        if fault := found.fault(place):
+            detail = found.damage if fault == "damaged tar" else "the shard holds its members in more than one place"
+            raise BadSample(fault, name, found.key(place), detail)
+        return found.parts(place)
+
+    def _read(self, index: int, member: Member, limit: int) -> bytes:
+        shard, _ = self._place(index)
+        if member.size > limit:
+            detail = f"{member.size} bytes, more than {limit}"
+            raise BadSample("oversized member", self.shard(index), self.key(index), detail)
+        # pread and not seek: forked loader workers share the file's position.
+        content = os.pread(self._opened(shard)[1].fileno(), member.size, member.offset)
+        if len(content) < member.size:
+            raise BadSample("damaged tar", self.shard(index), self.key(index), "the shard was cut while in use")
+        return content
+
+    def _opened(self, shard: int) -> tuple[ShardIndex, BinaryIO]:
+        """A shard's index and open file; the least recently used is closed when there are many."""
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        while len(self._open) >= OPEN_SHARDS:
+            self._open.popitem(last=False)[1][1].close()
+        name, size = self.index.name(shard), int(self.index.bytes[shard])
+        if is_remote(name):
+            file = self.cache.fetched(name, size)
+            found = index_shard(file, self.cache.folder / "index")
+        else:
+            file = Path(self.index.root, name)
+            stat = file.stat() if file.is_file() else None
+            if stat is None or (stat.st_size, stat.st_mtime_ns) != (size, self.index.mtimes[shard]):
+                raise DataError(f"{file} is not what it was when it was indexed; start again to index it anew")
+            found = index_shard(file, place_for(file.parent, self._index_cache))
+        if len(found) > self.index.counts[shard] and not found.damage:
+            raise DataError(f"{name} holds {len(found)} samples, not {self.index.counts[shard]}; index it again")
+        self._open[shard] = (found, file.open("rb", buffering=0))
+        return self._open[shard]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_open": OrderedDict()}  # open files do not travel to loader workers
+
+
+def _read_list(file: Path) -> SetIndex:
+    found = SetIndex.load(file)
+    if found is None:
+        raise DataError(f"{file} is no list of shards; write it with `python -m encoders.data.index URL... --out FILE`")
+    return found

@@ -1,35 +1,117 @@
-"""JPEG bytes -> uint8 pixels. Training crops and colours are drawn from the generator handed in; evaluation equals the
-exported image processor. Everything stays uint8 until the device."""
+"""Bytes of a picture -> uint8 pixels. Training crops and colours are drawn from the generator handed in; evaluation
+equals the exported image processor. Everything stays uint8 until the device."""
 
+import io
 import math
+import struct
 import warnings
 
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
+from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import InterpolationMode
 
 from encoders.config import JitterConfig, PreprocessConfig
 
-# torchvision 0.29 announces a move of its decoders to torchcodec; until they go it is byte-equal to Pillow and fastest.
+MAX_PIXELS = 2**26
+"""A larger picture is refused by its header alone: 64 Mi pixels are 192 MiB of RGB."""
+PNG = b"\x89PNG\r\n\x1a\n"
+# JPEG markers that start a frame and hold its size, and those that stand alone, without a length.
+FRAME_STARTS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+STANDALONE = frozenset(range(0xD0, 0xD9)) | {0x01}
+
+# torchvision 0.29 announces a move of its decoders to torchcodec, which is the same code and, for now, no faster:
+# `python benchmarks/loader.py` compares them.
 warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision")
 
 
+class PictureTooLarge(RuntimeError):
+    """A picture whose header announces more than MAX_PIXELS."""
+
+
 def decode(image: bytes) -> Tensor:
-    """JPEG or PNG bytes -> uint8 RGB (3,H,W). Raises RuntimeError for anything that is not a whole picture."""
+    """JPEG, PNG or WebP bytes -> uint8 RGB (3,H,W), byte-equal to Pillow's `convert("RGB")`; 16-bit samples keep their
+    high byte. Raises PictureTooLarge before decoding, RuntimeError for anything else that is not a whole picture."""
+    height, width = picture_size(image)
+    if height * width > MAX_PIXELS:
+        raise PictureTooLarge(f"its header announces {width} x {height} pixels, more than {MAX_PIXELS}")
+    if image.startswith(PNG):
+        return _decode_png(image)
+    return decode_image(torch.frombuffer(bytearray(image), dtype=torch.uint8), mode=ImageReadMode.RGB)
+
+
+def _decode_png(image: bytes) -> Tensor:
+    """By Pillow: torchvision's decoder ends the process (SIGSEGV) at most damaged PNGs."""
+    try:
+        with Image.open(io.BytesIO(image), formats=["PNG"]) as picture:
+            if picture.mode.startswith("I"):  # 16 bits of grey, which `convert` would clip at 255
+                grey = torch.from_numpy(np.asarray(picture, dtype=np.int32) >> 8).to(torch.uint8)
+                return grey.expand(3, -1, -1)  # (H,W) -> (3,H,W)
+            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)  # (H,W,3) -> (3,H,W)
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's, for a broken file
+        raise RuntimeError(f"not a whole PNG ({error})") from error
+
+
+def picture_size(image: bytes) -> tuple[int, int]:
+    """(height, width) from the header of a JPEG, PNG or WebP. Raises RuntimeError if there is none.
+
+    Reads what the decoders read: the first frame header of a JPEG, the first chunk of a PNG or WebP.
+    """
     if not image:
         raise RuntimeError("the picture has no bytes")
-    return decode_image(torch.frombuffer(bytearray(image), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    try:
+        if image.startswith(b"\xff\xd8"):
+            return _jpeg_size(image)
+        if image.startswith(PNG):
+            width, height = struct.unpack_from(">II", image, 16)
+            return height, width
+        if image.startswith(b"RIFF") and image[8:12] == b"WEBP":
+            return _webp_size(image)
+    except (IndexError, struct.error) as error:
+        raise RuntimeError("the picture's header is cut") from error
+    raise RuntimeError("neither a JPEG, a PNG nor a WebP picture")
+
+
+def _jpeg_size(image: bytes) -> tuple[int, int]:
+    place = 2
+    while True:
+        place = image.find(b"\xff", place)
+        if place < 0:
+            raise RuntimeError("a JPEG without a frame header")
+        marker = image[place + 1]
+        if marker in (0x00, 0xFF):  # a stuffed byte outside of any segment; a fill byte before a marker
+            place += 1 if marker else 2
+        elif marker in STANDALONE:
+            place += 2
+        elif marker in FRAME_STARTS:
+            height, width = struct.unpack_from(">HH", image, place + 5)
+            return height, width
+        else:
+            place += 2 + struct.unpack_from(">H", image, place + 2)[0]
+
+
+def _webp_size(image: bytes) -> tuple[int, int]:
+    kind = image[12:16]
+    if kind == b"VP8X":  # extended: canvas size less one, 24 bits each
+        return int.from_bytes(image[27:30], "little") + 1, int.from_bytes(image[24:27], "little") + 1
+    if kind == b"VP8L":  # lossless: width and height less one, 14 bits each
+        bits = struct.unpack_from("<I", image, 21)[0]
+        return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
+    width, height = struct.unpack_from("<HH", image, 26)  # lossy: 14 bits each below two of scaling
+    return height & 0x3FFF, width & 0x3FFF
 
 
 def train_transform(image: Tensor, size: int, config: PreprocessConfig, rng: np.random.Generator) -> Tensor:
     """Random resized crop, then colour jitter if the config has one: uint8 (3,H,W) -> uint8 (3,size,size)."""
     top, left, height, width = _draw_crop(image.shape[1], image.shape[2], config, rng)
+    # Only the crop is resized. Laid out as pixels (H,W,3) it takes the resize's fast path; a view of strides does not.
+    crop = image[:, top : top + height, left : left + width].permute(1, 2, 0).contiguous().permute(2, 0, 1)
     mode = InterpolationMode(config.interpolation)
-    crop = TF.resized_crop(image, top, left, height, width, [size, size], interpolation=mode, antialias=True)
-    return crop if config.jitter is None else colour_jitter(crop, config.jitter, rng)
+    resized = TF.resize(crop, [size, size], interpolation=mode, antialias=True)
+    return resized if config.jitter is None else colour_jitter(resized, config.jitter, rng)
 
 
 def colour_jitter(image: Tensor, config: JitterConfig, rng: np.random.Generator) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from encoders.config import ClipOptions, EncoderConfig
 from encoders.data.captions import any_of
 from encoders.data.pairs import Texts
-from encoders.data.shards import Sample
+from encoders.data.samples import Sample
 from encoders.data.tokenizers import CaptionTokenizer
 from encoders.losses import info_nce
 from encoders.objective import Batch, Objective

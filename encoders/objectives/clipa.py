@@ -6,7 +6,7 @@ import numpy as np
 from encoders.config import EncoderConfig, MixOptions
 from encoders.data.captions import any_of
 from encoders.data.pairs import Texts
-from encoders.data.shards import Sample
+from encoders.data.samples import Sample
 from encoders.data.tokenizers import CaptionTokenizer
 from encoders.objectives.clip import Clip
 

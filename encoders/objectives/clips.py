@@ -13,7 +13,7 @@ from encoders.captioner import ClipsCaptioner
 from encoders.config import ClipsOptions, EncoderConfig
 from encoders.data.captions import any_of, cut
 from encoders.data.pairs import Texts
-from encoders.data.shards import Sample
+from encoders.data.samples import Sample
 from encoders.data.tokenizers import NO_TARGET, CaptionTokenizer
 from encoders.dual_encoder import unit
 from encoders.losses import info_nce

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from encoders.config import DreamlipOptions, EncoderConfig
 from encoders.data.captions import dreamlip_texts
 from encoders.data.pairs import Texts
-from encoders.data.shards import Sample
+from encoders.data.samples import Sample
 from encoders.data.tokenizers import CaptionTokenizer
 from encoders.dual_encoder import INITIAL_LOGIT_SCALE, unit
 from encoders.losses import grouped, info_nce, multi_positive, within_image

@@ -1,0 +1,241 @@
+"""The tar index: equal to tarfile's own reading, kept while size and time stay, exact about damage, unharmed by it."""
+
+import io
+import os
+import pickle
+import random
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pair_shards import add, write_shards
+
+from encoders.data import index as index_module
+from encoders.data.index import SetIndex, index_folder, scan, split_name
+from encoders.data.samples import BadSample
+from encoders.data.shards import TarSamples
+from encoders.data.tar_headers import members
+from encoders.errors import DataError
+
+MEMBERS = (
+    *("a.jpg", "a.json", "b.jpg", "c.jpg", "c.json", "b.json", "d.jpg", "d.json", "d.jpg", "d.json"),
+    *("e.jpg", "f.json", "g.txt", "h.jpg", "h.png", "h.json", "i.jpg", "i.json"),
+)
+FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_headers_are_read_as_tarfile_reads_them(layout: int) -> None:
+    stream = io.BytesIO()
+    names = ["a.jpg", "./b/c.json", "d" * 90 + "/" + "e" * 60 + ".jpg", "v1.0/x.y.txt"]
+    if layout != tarfile.USTAR_FORMAT:
+        names += ["long/" * 60 + "n.json", "für/ü.jpg"]
+    with tarfile.open(fileobj=stream, mode="w", format=layout) as tar:
+        for i, name in enumerate(names):
+            for kind, other in ((tarfile.DIRTYPE, "folder"), (tarfile.SYMTYPE, "link"), (tarfile.CHRTYPE, "device")):
+                info = tarfile.TarInfo(f"{other}{i}")
+                info.type, info.linkname = kind, "/etc/passwd"
+                tar.addfile(info)
+            add(tar, name, bytes(i * 300))
+    length = len(stream.getvalue())
+    stream.seek(0)
+    with tarfile.open(fileobj=stream, mode="r:") as tar:
+        expected = [(info.name, info.offset_data, info.size) for info in tar if info.isfile()]
+    assert len(expected) == len(names)
+    assert [(name, *member) for name, member in members(stream, length)] == expected
+
+
+def test_sizes_beyond_eight_gigabytes_are_read() -> None:
+    for layout in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        info = tarfile.TarInfo("large.jpg")
+        info.size = 9 * 2**30
+        header = info.tobuf(layout)
+        found = next(members(io.BytesIO(header), 10 * 2**30))
+        assert found == ("large.jpg", (len(header), 9 * 2**30))
+
+
+def test_keys_are_split_as_webdataset_splits_them() -> None:
+    names = {"./000.jpg": ("000", "jpg"), "v1.0/a.b.JPG": ("v1.0/a", "b.jpg"), "x.json": ("x", "json")}
+    assert {name: split_name(name) for name in names} == names
+
+
+def test_headers_are_read_once_and_again_for_what_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_shards(tmp_path / "shards", 30, shards=3)
+    scanned: list[int] = []
+    monkeypatch.setattr(index_module, "scan", lambda stream, length: scanned.append(length) or scan(stream, length))
+    first = TarSamples(folder)
+    assert len(scanned) == 3
+    everything = [first[i] for i in range(30)]
+    again = TarSamples(folder)
+    assert [again[i] for i in range(30)] == everything
+    assert again.fingerprint() == first.fingerprint()
+    assert len(scanned) == 3
+    os.utime(folder / "00001.tar", ns=(1, 1))
+    touched = TarSamples(folder)
+    assert len(scanned) == 4
+    assert touched.fingerprint() != first.fingerprint()
+    (folder / "00002.tar").unlink()
+    assert len(TarSamples(folder)) == 20
+    (folder / ".index" / "00000.tar.npz").write_bytes(b"not an index")
+    (folder / ".index" / "shards.npz").write_bytes(b"PK\x03\x04 neither")
+    assert TarSamples(folder)[3] == everything[3]
+
+
+def test_a_shard_that_changes_while_in_use_is_refused(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", 10, shards=1)
+    samples = TarSamples(folder)
+    os.utime(folder / "00000.tar", ns=(1, 1))
+    with pytest.raises(DataError, match=r"00000\.tar is not what it was when it was indexed"):
+        samples[0]
+
+
+def test_an_index_takes_tens_of_bytes_a_sample_and_goes_to_the_cache_if_asked(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", 400, shards=1, side=4)
+    samples = TarSamples(folder, cache=tmp_path / "cache")
+    assert samples[0].key == "00000"
+    assert not (folder / ".index").exists()
+    (file,) = (tmp_path / "cache").rglob("00000.tar.npz")
+    assert file.stat().st_size < 60 * 400 + 3000
+    assert len(pickle.dumps(samples)) < 5000
+
+
+def test_a_folder_that_cannot_be_written_to_is_indexed_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_shards(tmp_path / "shards", 4)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    assert len(index_folder(folder, None)) == 2
+    assert not (folder / ".index").exists()
+    assert list((tmp_path / "home").rglob("shards.npz"))
+
+
+def bad_ones(samples: TarSamples) -> dict[str, str]:
+    """Key -> reason."""
+    bad = {}
+    for i in range(len(samples)):
+        try:
+            samples[i]
+        except BadSample as error:
+            bad[samples.key(i)] = error.reason
+    return bad
+
+
+def test_a_cut_tar_gives_every_sample_before_the_cut(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", 8, shards=1)
+    whole = (folder / "00000.tar").read_bytes()
+    with tarfile.open(folder / "00000.tar") as tar:
+        ends = [-(-(info.offset_data + info.size) // 512) * 512 for info in tar if info.name.endswith("json")]
+        contents = [info.offset_data + info.size for info in tar if info.name.endswith("json")]
+    for size in [*range(0, ends[-1] + 512, 97), *ends, *contents, ends[-1] + 511]:
+        (folder / "00000.tar").write_bytes(whole[:size])
+        samples = TarSamples(folder)
+        bad = bad_ones(samples)
+        intact = sum(end <= size for end in contents)
+        assert len(samples) == intact + 1, size
+        assert list(bad.values()) == ["damaged tar"], size
+        assert [samples[i].key for i in range(intact)] == [f"{i:05d}" for i in range(intact)]
+    for size in (ends[-1] + 512, len(whole)):
+        (folder / "00000.tar").write_bytes(whole[:size])
+        assert not bad_ones(TarSamples(folder))
+
+
+def test_what_lies_behind_an_end_marker_is_not_lost_unseen(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", 6, shards=1)
+    whole = (folder / "00000.tar").read_bytes()
+    (folder / "00000.tar").write_bytes(whole + whole)
+    assert bad_ones(TarSamples(folder)) == {"after 00005": "damaged tar"}
+    (folder / "00000.tar").write_bytes(whole + bytes(2**21))
+    assert bad_ones(TarSamples(folder)) == {"after 00005": "damaged tar"}
+    (folder / "00000.tar").write_bytes(b"<html>no tar</html>" * 100)
+    assert bad_ones(TarSamples(folder)) == {"at its start": "damaged tar"}
+
+
+def test_ambiguous_and_incomplete_samples_are_bad_and_only_they(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "0.tar", "w") as tar:
+        for name in MEMBERS:
+            add(tar, name, b'{"web": "w", "short": "s", "long": "l"}')
+    samples = TarSamples(tmp_path / "shards")
+    assert len(samples) == 9
+    assert bad_ones(samples) == {
+        "b": "split key",
+        "d": "duplicate key",
+        "e": "no json",
+        "f": "no image",
+        "g": "no json",
+        "h": "several images",
+    }
+
+
+def test_nothing_in_a_tar_is_run_or_unpickled(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+
+    class Bomb:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.system, (f"touch {canary}",)
+
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "0.tar", "w") as tar:
+        for suffix in ("pyd", "pkl", "pickle", "pth", "npy", "jpg", "json"):
+            add(tar, f"a.{suffix}", pickle.dumps(Bomb()))
+        add(tar, "../../escape.json", b"{}")
+    (tmp_path / "shards" / ".index").mkdir()
+    array = np.empty(1, dtype=object)
+    array[0] = Bomb()
+    np.savez(tmp_path / "shards" / ".index" / "shards.npz", allow_pickle=True, names=array)
+    assert bad_ones(TarSamples(tmp_path / "shards")) == {"a": "unreadable json", "../../escape": "no web caption"}
+    assert not canary.exists()
+    assert not (tmp_path.parent / "escape.json").exists()
+
+
+def mutated(whole: bytes, rng: random.Random) -> bytes:
+    """A tar with some bytes changed, most of them in headers, or with a piece removed, doubled or zeroed."""
+    content = bytearray(whole)
+    for _ in range(rng.randint(1, 4)):
+        start = rng.randrange(len(content))
+        match rng.randrange(4):
+            case 0:
+                content[start // 512 * 512 + rng.choice([*range(100, 160), rng.randrange(512)])] = rng.randrange(256)
+            case 1:
+                del content[start : start + rng.choice((1, 100, 512))]
+            case 2:
+                content[start:start] = content[start : start + rng.choice((1, 512, 5000))]
+            case 3:
+                content[start : start + 512] = bytes(512)
+        content = content or bytearray(1)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(2000, marks=pytest.mark.slow)])
+def test_mutated_tars_are_read_quickly_or_not_at_all(count: int, tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for i in range(20):
+            add(tar, f"{'deep/' * 30 * (i % 3 == 0)}{i}.jpg", bytes(700))
+            add(tar, f"{'deep/' * 30 * (i % 3 == 0)}{i}.json", b"{}")
+    whole, rng = stream.getvalue(), random.Random(0)
+    for _ in range(count):
+        content = mutated(whole, rng)
+        began = time.process_time()
+        found = scan(io.BytesIO(content), len(content))
+        assert time.process_time() - began < 2
+        for place in range(len(found)):
+            for offset, size in found.parts(place).values():
+                assert 0 <= offset <= offset + size <= len(content)
+        assert (found.damage == "") == ("damaged tar" not in {found.fault(place) for place in range(len(found))})
+
+
+def test_the_command_indexes_a_folder(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", 10)
+    command = [sys.executable, "-m", "encoders.data.index"]
+    finished = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=True)
+    assert "2 shards, 10 samples" in finished.stdout
+    assert SetIndex.load(folder / ".index" / "shards.npz") is not None
+    refused = subprocess.run([*command, "s3://bucket/x.tar"], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "need --out FILE" in refused.stderr
