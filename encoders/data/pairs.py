@@ -121,7 +121,7 @@ class Ledger:
 
 
 def evaluation_set(samples: TarSamples, config: EncoderConfig, tokenizer: CaptionTokenizer) -> dict[str, Any]:
-    """Held-out pairs, whole; the query is the sample's first short caption.
+    """Held-out pairs, whole; the query is the sample's first short caption, or its web caption if it has none.
 
     `images` uint8 (n,3,H,H), `short_ids` (n,L); `short_lengths`, `captions` and `keys` are lists of n. Raises
     DataError for a bad sample: an evaluation never replaces one.
@@ -133,7 +133,7 @@ def evaluation_set(samples: TarSamples, config: EncoderConfig, tokenizer: Captio
             images.append(eval_transform(decode_sample(sample), config.vision.image_size, config.preprocess))
         except BadSample as error:
             raise DataError(f"held-out {error}; an evaluation set must be whole") from error
-        query = next(iter(sample.short.values()))
+        query = next(iter(sample.short.values()), sample.web)
         ids.append(tokenizer.encode(query, config.text.length))
         captions.append(query)
         keys.append(sample.key)

@@ -24,7 +24,8 @@ OPEN_SHARDS = 64
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture, still encoded, with its web caption and its synthetic ones: captioner -> caption, in file order."""
+    """One picture, still encoded, with its web caption and its synthetic ones: captioner -> caption, in file order,
+    empty where a set has none."""
 
     key: str
     shard: str
@@ -70,7 +71,8 @@ class TarSamples:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> Sample:
-        """Raises BadSample if the json is not an object or a caption is missing, empty or not a string."""
+        """Raises BadSample if the json is not an object, the web caption is missing, or a caption is empty or no
+        string. Who needs a short or long caption says so when it is missing: some sets have only one of them."""
         entry = self.entries[index]
         shard = self.shards[entry.shard].name
         try:
@@ -106,7 +108,9 @@ def _caption(value: Any, name: str, shard: str, key: str) -> str:
 
 
 def _by_captioner(value: Any, name: str, shard: str, key: str) -> dict[str, str]:
-    """A json's `short` or `long`, a caption or captions by captioner, as the latter."""
+    """A json's `short` or `long`, a caption or captions by captioner, as the latter; empty if the json lacks it."""
+    if value is None:
+        return {}
     captions = value if isinstance(value, dict) and value else {SYNTHETIC: value}
     return {captioner: _caption(caption, name, shard, key) for captioner, caption in captions.items()}
 
