@@ -75,8 +75,8 @@ def heading(results: Results, profile: Profile) -> str:
     what = f"""Every arm sees the same {profile.steps * profile.batch_size:,} pictures ({profile.steps} batches of
         {profile.batch_size}) of {world.train:,} scenes of the embedded world ({world.classes} emoji classes, up to
         {world.max_objects} in a picture, {world.image_size} px), with the same towers (image {vision.layers} x
-        {vision.width}, patch {vision.patch_size}, {vision.pool} token as pool) and learning rate ({profile.lr}), chosen on
-        validation scenes. Scored on {world.test:,} unseen scenes: retrieval by short captions (chance
+        {vision.width}, patch {vision.patch_size}, {vision.pool} token as pool) and learning rate ({profile.lr}), chosen
+        on validation scenes. Scored on {world.test:,} unseen scenes: retrieval by short captions (chance
         {one["chance"]["i2t_r1"]:.2%}), zero-shot accuracy on pictures of one class (chance {1 / world.classes:.1%}),
         mean IoU of patch-text segmentation. Mean over seeds, ± half of the 95 % t-interval; test scenes are the same
         for all seeds."""
