@@ -28,9 +28,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from encoders import manifest, objectives
 from encoders.config import EncoderConfig
+from encoders.data.order import StepOrder
 from encoders.data.pairs import collate, decode_sample
 from encoders.data.scenes.__main__ import write_scenes
-from encoders.data.order import StepOrder
 from encoders.data.shards import TarSamples
 from encoders.data.tokenizers import CaptionTokenizer
 from encoders.data.transforms import eval_transform

@@ -7,6 +7,7 @@ Intervals are 95 % t-intervals over seeds; an ordering is judged on differences 
 
 import argparse
 import statistics
+import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,21 +72,19 @@ def heading(results: Results, profile: Profile) -> str:
     every = [result for seeds in results.values() for result in seeds.values()]
     one, slowest = every[0], max(every, key=lambda result: result["cpu_seconds"])
     world, vision = profile.scenes, profile.vision
-    return f"""# The papers' findings in the small
-
-Written by `benchmarks/ablation_table.py` from {len(every)} runs of `benchmarks/ablation.py`; do not edit by hand.
-
-Every arm sees the same {profile.steps * profile.batch_size:,} samples ({profile.steps} batches of
-{profile.batch_size}) of {world.train:,} scenes of the embedded world ({world.classes} emoji classes, up to
-{world.max_objects} in a picture, {world.image_size} px), with the same towers (image {vision.layers} x
-{vision.width}, patch {vision.patch_size}, {vision.pool} pool) and learning rate ({profile.lr}), chosen on
-validation scenes. Scored on {world.test:,} unseen scenes: retrieval by short captions (chance
-{one["chance"]["i2t_r1"]:.2%}), zero-shot accuracy on pictures of one class (chance {1 / world.classes:.1%}), mean
-IoU of patch-text segmentation. Mean over seeds, ± half of the 95 % t-interval; test scenes are the same for all seeds.
-
-Machine: {one["device"]}; torch {one["torch"]}; the costliest run ({slowest["arm"]}) took
-{slowest["cpu_seconds"]:.0f} CPU seconds.
-"""
+    what = f"""Every arm sees the same {profile.steps * profile.batch_size:,} pictures ({profile.steps} batches of
+        {profile.batch_size}) of {world.train:,} scenes of the embedded world ({world.classes} emoji classes, up to
+        {world.max_objects} in a picture, {world.image_size} px), with the same towers (image {vision.layers} x
+        {vision.width}, patch {vision.patch_size}, {vision.pool} token as pool) and learning rate ({profile.lr}), chosen
+        on validation scenes. Scored on {world.test:,} unseen scenes: retrieval by short captions (chance
+        {one["chance"]["i2t_r1"]:.2%}), zero-shot accuracy on pictures of one class (chance {1 / world.classes:.1%}),
+        mean IoU of patch-text segmentation. Mean over seeds, ± half of the 95 % t-interval; test scenes are the same
+        for all seeds."""
+    machine = f"""Machine: {one["device"]}; torch {one["torch"]}; the costliest run ({slowest["arm"].replace("_", " ")})
+        took {slowest["cpu_seconds"]:.0f} CPU seconds."""
+    title = "# The papers' findings in the small"
+    origin = f"Written by `benchmarks/ablation_table.py` from {len(every)} runs of `benchmarks/ablation.py`."
+    return "\n\n".join([title, origin, *(textwrap.fill(" ".join(p.split()), 118) for p in (what, machine)), ""])
 
 
 def figures(results: Results) -> list[str]:

@@ -38,6 +38,9 @@ class Decoder(nn.Module):
     def forward(self, condition: Tensor, keep: Tensor | None, queries: Tensor, targets: Tensor) -> Tensor:
         """condition (B,C,D), of which `keep` (B,C) is False at padding; queries and targets (B,Q,D) and (B,Q), -100
         where there is no target. Returns the cross-entropy summed over targets."""
+        # The residual stream is float32 also under autocast, as in the towers.
+        precise = torch.promote_types(condition.dtype, torch.float32)
+        condition, queries = condition.to(precise), queries.to(precise)
         hidden, labels = [], []
         for rows, length in groups_of_similar_length(targets):
             kept = None if keep is None else keep[rows]
@@ -70,8 +73,9 @@ class CrossBlock(nn.Module):
         self.norm = nn.LayerNorm(width, eps=norm_eps)
         self.condition_norm = nn.LayerNorm(width, eps=norm_eps)
         self.query, self.key_value, self.out = (nn.Linear(width, n * width) for n in (1, 2, 1))
+        for weight in (self.query.weight, *self.key_value.weight.chunk(2), self.out.weight):
+            nn.init.xavier_uniform_(weight)
         for layer in (self.query, self.key_value, self.out):
-            nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.block = Block(width, heads, activation, norm_eps)
 
@@ -106,7 +110,7 @@ class ClipsCaptioner(nn.Module):
         keep = None
         if text.keep is not None:
             keep = torch.cat([text.keep.new_ones(image.shape[:2]), text.keep[:, :slots]], dim=1)  # (B,C)
-        queries = self.queries[: targets.shape[1]].to(image.dtype).expand(len(image), -1, -1)
+        queries = self.queries[: targets.shape[1]].expand(len(image), -1, -1)
         return self.decoder(condition, keep, queries, targets)
 
 

@@ -71,8 +71,8 @@ class TextConfig:
     token."""
     padding: Literal["reference", "packed"] = "packed"
     """packed computes real tokens only and lets nothing attend to padding. reference computes all slots; in a bert
-    tower padding is then attended, as in the published weights, which only work so. A causal tower gives the same in
-    both."""
+    tower padding is then attended, as in the published weights, which only work so. A causal tower
+    embeds alike in both, but a captioner attends to its padding in reference."""
     vocab_size: int = 32000
     """Rows of the embedding table; a tokenizer with larger ids is refused."""
     length: int = 80
@@ -163,8 +163,8 @@ class DreamlipOptions:
     """Multi-positive contrast with sub-captions, and the grouping loss between sub-captions and patches."""
 
     k: int = 8
-    """Texts drawn from the pool per picture and step (K); drawn with replacement only if the pool holds fewer. 0: only
-    the raw caption."""
+    """Texts drawn from the pool per picture and step (K); drawn with replacement only if the pool holds fewer, and
+    copies of a text are then each other's negatives in the grouping loss. 0: only the raw caption."""
     raw: Literal["always", "pool", "never"] = "always"
     """always: the raw caption is one more text beside the K (published code); pool: one of those drawn from (paper)."""
     short: bool = True
@@ -191,6 +191,11 @@ class DreamlipOptions:
         feeds_pool = self.raw == "pool" or self.short or self.long != "never"
         if self.k and not feeds_pool:
             raise UsageError("dreamlip.k texts are to be drawn but no caption feeds the pool; set raw, short or long")
+        if self.k == 1 and self.grouping_weight and self.grouping_negatives == "image":
+            raise UsageError(
+                "dreamlip.k 1 leaves the grouping loss nothing to tell apart within a picture; raise k, or set "
+                "grouping_weight: 0 or grouping_negatives: batch"
+            )
         if not self.k and (self.raw != "always" or self.grouping_weight):
             raise UsageError("dreamlip.k 0 leaves only the raw caption: it needs raw: always and grouping_weight: 0")
 

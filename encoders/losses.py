@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 TILE = 2**22  # numbers in the largest matrix that is held at a time: 16 MiB of float32
+CUDA_TILE = 2**26  # 256 MiB: small products leave a GPU idle
 
 
 def per_term(total: Tensor, terms: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ class _StreamedInfoNCE(torch.autograd.Function):
         rows = image.new_empty(len(image))
         columns = image.new_full((len(texts),), -torch.inf)
         with torch.autocast(image.device.type, enabled=False):
-            for tile in tiles(len(image), len(texts)):
+            for tile in tiles(len(image), len(texts), image.device):
                 logits = scale * image[tile] @ texts.T  # (b,W*B)
                 rows[tile] = logits.logsumexp(1)
                 columns = torch.logaddexp(columns, logits.logsumexp(0))
@@ -85,7 +86,7 @@ class _StreamedInfoNCE(torch.autograd.Function):
         image_grad, texts_grad = torch.empty_like(image), torch.zeros_like(texts)
         scale_grad = torch.zeros_like(scale)
         with torch.autocast(image.device.type, enabled=False):
-            for tile in tiles(len(image), len(texts)):
+            for tile in tiles(len(image), len(texts), image.device):
                 logits = scale * image[tile] @ texts.T  # (b,W*B)
                 slope = (logits - rows[tile, None]).exp_()
                 slope += logits.sub_(columns).exp_()
@@ -100,8 +101,9 @@ class _StreamedInfoNCE(torch.autograd.Function):
         return image_grad, texts_grad.mul_(scale), scale_grad
 
 
-def tiles(rows: int, columns: int) -> list[slice]:
-    size = max(TILE // columns, 1)
+def tiles(rows: int, columns: int, device: torch.device) -> list[slice]:
+    """Slices of rows such that a matrix of one slice and all columns is of bearable size."""
+    size = max((CUDA_TILE if device.type == "cuda" else TILE) // columns, 1)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
@@ -185,7 +187,7 @@ class _CaptionLoss(torch.autograd.Function):
         hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight, dtype=precise)
         total = hidden.new_zeros((), dtype=precise)
         with torch.autocast(hidden.device.type, enabled=False):
-            for chunk in tiles(len(hidden), len(weight)):
+            for chunk in tiles(len(hidden), len(weight), hidden.device):
                 logits = (hidden[chunk] @ weight.T).to(precise)  # (m,V)
                 normaliser = logits.logsumexp(1)
                 target = targets[chunk, None]

@@ -41,8 +41,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
+        for weight in (*self.qkv.weight.chunk(3), self.out.weight, self.fc1.weight, self.fc2.weight):
+            nn.init.xavier_uniform_(weight)
         for layer in (self.qkv, self.out, self.fc1, self.fc2):
-            nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:

@@ -41,8 +41,18 @@ class VisionTower(nn.Module):
             self.model.add_module("pre_layrnorm", nn.Identity())  # CLIPS towers have none; export folds its absence
         self.projection = nn.Linear(config.width, embed_dim, bias=False)
         nn.init.normal_(self.projection.weight, std=config.width**-0.5)
+        self._initialise_attention()
         if config.position_table == "sincos2d":
             self._set_table(sincos2d_table(config.grid, config.width))
+
+    def _initialise_attention(self) -> None:
+        """OpenAI's CLIP; transformers has the two standard deviations the other way round, which learns more slowly."""
+        width = self.config.width
+        stds = dict.fromkeys(("q_proj", "k_proj", "v_proj"), width**-0.5)
+        stds["out_proj"] = width**-0.5 * (2 * self.config.layers) ** -0.5
+        for name, module in self.model.encoder.named_modules():
+            if isinstance(module, nn.Linear) and (std := stds.get(name.rpartition(".")[2])):
+                nn.init.normal_(module.weight, std=std)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised pixels (B,3,H,W) -> patch tokens before the final norm (B,N,D) and pooled embedding (B,E)."""

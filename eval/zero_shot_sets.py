@@ -123,11 +123,13 @@ def _scene_captions(spec: ZeroShotSpec) -> RetrievalData:
 
 
 def _tar_captions(folder: Path) -> RetrievalData:
-    """All short captions of every sample; generated captions repeat, so equal ones are shared."""
+    """All short captions of every sample, or its web caption if it has none; generated captions repeat, so equal ones
+    are shared."""
     samples, examples = TarSamples(folder), []
     for index in range(len(samples)):
         try:
-            captions = list(samples[index].short.values())
+            sample = samples[index]
+            captions = list(sample.short.values()) or [sample.web]
         except BadSample as error:
             raise DataError(f"{folder}: {error}; an evaluation set must be whole") from error
         examples.append(

@@ -3,6 +3,7 @@
 import io
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,20 @@ def test_draws_depend_on_seed_epoch_and_sample_only(tmp_path: Path) -> None:
     assert len(crops) == 6
     sizes = {_crop_box(seed) for seed in range(20)}
     assert len(sizes) > 15
+
+
+def test_a_crop_that_cannot_be_drawn_is_torchvisions() -> None:
+    """Of 3:2 pictures no 95 % have an aspect of at most 4:3: the largest crop that has, not a square."""
+    config = PreprocessConfig(crop_area=(0.95, 1.0), crop_aspect=(3 / 4, 4 / 3))
+    for height, width in ((320, 480), (480, 320), (300, 301)):
+        torch.manual_seed(0)
+        theirs = v2.RandomResizedCrop(8, scale=(2.0, 2.1), ratio=config.crop_aspect)  # twice the picture always misses
+        expected = theirs.make_params([torch.zeros(3, height, width)])
+        impossible = SimpleNamespace(crop_area=(2.0, 2.1), crop_aspect=config.crop_aspect)
+        assert _draw_crop(height, width, impossible, np.random.default_rng(0)) == tuple(
+            expected[name] for name in ("top", "left", "height", "width")
+        )
+    assert _draw_crop(320, 480, config, np.random.default_rng(0)) == (0, 26, 320, 427)
 
 
 def _crop_box(seed: int) -> tuple[int, ...]:

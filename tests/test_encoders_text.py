@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoders.attention import Combination, combination_mask
+from encoders.attention import Combination, Packed, combination_mask
 from encoders.captioner import ClipsCaptioner, CocaCaptioner, groups_of_similar_length
 from encoders.config import CaptionerConfig, TextConfig
 from encoders.text import TextOutput, TextTower
@@ -216,3 +216,19 @@ def test_rows_are_grouped_up_to_their_longest_caption() -> None:
     for rows, longest in groups:
         assert longest == max(1, max(lengths[row] for row in rows.tolist()))
     assert sum(len(rows) * longest for rows, longest in groups) < 9 * 10 * 0.7
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel needs a GPU")
+@pytest.mark.parametrize("causal", [True, False])
+def test_variable_length_kernel_equals_rows_of_equal_length(causal: bool) -> None:
+    torch.manual_seed(5)
+    packed = Packed(LENGTHS, 12, torch.device("cuda"), causal=causal, last_in_last_slot=not causal)
+    qkv = torch.randn(sum(LENGTHS), 3, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    pull = torch.randn(sum(LENGTHS), 2, 64, device="cuda")
+    results = []
+    for x in (qkv, qkv.detach().float().requires_grad_()):  # float32 takes the other branch
+        output = packed(x)
+        (output.float() * pull).sum().backward()
+        results.append((output.float(), x.grad.float()))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)

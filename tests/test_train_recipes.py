@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from pair_shards import sample, write_shards
 from torch import Tensor
 
@@ -53,6 +54,12 @@ def shrunk(model: EncoderConfig) -> EncoderConfig:
         captioner=model.captioner and replace(model.captioner, **size, tokens=12),
         clips=model.clips and replace(model.clips, cut_tokens=model.clips.cut_tokens and 6),
     )
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> None:
+    """Accelerate keeps one state a process, precision included; lmms-eval, imported by other tests, leaves its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def shrunk_run(run: RunConfig, out: Path, micro_batches: int) -> RunConfig:

@@ -40,6 +40,10 @@ def pretrain(config: PretrainConfig, accelerator: Accelerator) -> "PairTask":
             f"the tokenizer has {tokenizer.size} ids but model.text.vocab_size is {config.model.text.vocab_size}; "
             "raise vocab_size or use a smaller tokenizer"
         )
+    if not config.model.vision.pre_norm:
+        accelerator.print(
+            "note: vision.pre_norm is false; export-encoder cannot make a CLIPVisionModel of this tower yet"
+        )
     model = objectives.build(config.model)
     return PairTask("pretrain", asdict(config), config.data, samples, model, tokenizer, {"data": config.data.folder})
 

@@ -5,14 +5,13 @@ DreamLIP's positives (arXiv 2403.17007) from all captions of a sample.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from encoders.config import DreamlipOptions
 from encoders.data.samples import BadSample, Sample
 from encoders.data.tokenizers import CaptionTokenizer
-from encoders.errors import DataError
 
 _STOPS = re.compile(r"[.!\n]+|</s>")
 
@@ -23,14 +22,11 @@ def sentences(caption: str) -> list[str]:
     return [piece for part in _STOPS.split(caption) if (piece := part.strip())]
 
 
-def any_of(captions: Mapping[str, str], rng: np.random.Generator) -> str:
-    """One captioner's caption, drawn uniformly; of a single one nothing is drawn. Raises DataError if there is none."""
-    texts = list(captions.values())
+def any_of(sample: Sample, name: str, rng: np.random.Generator) -> str:
+    """The sample's short or long caption, of one captioner drawn uniformly. Raises BadSample if it has none."""
+    texts = list({"short": sample.short, "long": sample.long}[name].values())
     if not texts:
-        raise DataError(
-            "the objective draws a synthetic caption, but the data set has none of its kind: name their column in the "
-            "mapping (short, long)"
-        )
+        raise BadSample(f"no {name} caption", sample.shard, sample.key, "this objective learns from it")
     return texts[rng.integers(len(texts))] if len(texts) > 1 else texts[0]
 
 
@@ -131,6 +127,8 @@ def _chosen(name: str, sample: Sample, options: DreamlipOptions) -> list[str]:
     """The sample's short or long captions by the captioners of the options."""
     captions = {"short": sample.short, "long": sample.long}[name]
     missing = [captioner for captioner in options.captioners or () if captioner not in captions]
+    if not captions:
+        raise BadSample(f"no {name} caption", sample.shard, sample.key, f"dreamlip.{name} lets it feed the pool")
     if missing:
         detail = f"dreamlip.captioners names {', '.join(missing)}; there are {', '.join(captions)}"
         raise BadSample(f"no {name} caption", sample.shard, sample.key, detail)

@@ -134,7 +134,7 @@ class Ledger:
 
 
 def evaluation_set(samples: Samples, config: EncoderConfig, tokenizer: CaptionTokenizer) -> dict[str, Any]:
-    """Held-out pairs, whole; the query is the sample's first short caption, or its web caption in a set without any.
+    """Held-out pairs, whole; the query is the sample's first short caption, or its web caption if it has none.
 
     `images` uint8 (n,3,H,H), `short_ids` (n,L); `short_lengths`, `captions` and `keys` are lists of n. Raises
     DataError for a bad sample: an evaluation never replaces one.

@@ -148,7 +148,8 @@ def eval_transform(image: Tensor, size: int, config: PreprocessConfig) -> Tensor
 def _draw_crop(
     height: int, width: int, config: PreprocessConfig, rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """(top, left, height, width) with area and aspect drawn from the config's ranges; the centre if ten draws miss."""
+    """(top, left, height, width) with area and aspect drawn from the config's ranges; if ten draws miss, the largest
+    centred crop whose aspect is within the range, as in torchvision."""
     low, high = (math.log(aspect) for aspect in config.crop_aspect)
     for _ in range(10):
         area = height * width * rng.uniform(*config.crop_area)
@@ -156,5 +157,6 @@ def _draw_crop(
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    side = min(height, width)
-    return (height - side) // 2, (width - side) // 2, side, side
+    narrowest, widest = config.crop_aspect
+    w, h = min(width, round(height * widest)), min(height, round(width / narrowest))
+    return (height - h) // 2, (width - w) // 2, h, w

@@ -22,9 +22,9 @@ class Clip(Objective):
 
     @staticmethod
     def texts(sample: Sample, tokenizer: CaptionTokenizer, config: EncoderConfig, rng: np.random.Generator) -> Texts:
-        caption = (config.clip or ClipOptions()).caption
-        captions = {"web": {"": sample.web}, "short": sample.short, "long": sample.long}[caption]
-        return {"text_ids": tokenizer.encode(any_of(captions, rng), config.text.length)}
+        name = (config.clip or ClipOptions()).caption
+        caption = sample.web if name == "web" else any_of(sample, name, rng)
+        return {"text_ids": tokenizer.encode(caption, config.text.length)}
 
     def encode(self, batch: Batch, sums: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         image = self.encode_image(batch["images"])

@@ -17,5 +17,5 @@ class Clipa(Clip):
     @staticmethod
     def texts(sample: Sample, tokenizer: CaptionTokenizer, config: EncoderConfig, rng: np.random.Generator) -> Texts:
         synthetic = rng.random() < (config.mix or MixOptions()).synthetic_share
-        caption = any_of(sample.long, rng) if synthetic else sample.web
+        caption = any_of(sample, "long", rng) if synthetic else sample.web
         return {"text_ids": tokenizer.encode(caption, config.text.length)}

@@ -39,7 +39,7 @@ class Clips(Objective):
     def texts(sample: Sample, tokenizer: CaptionTokenizer, config: EncoderConfig, rng: np.random.Generator) -> Texts:
         """Where the synthetic caption has no sentence the web caption stands in for piece and target."""
         options = config.clips or ClipsOptions()
-        caption = any_of(sample.long, rng)
+        caption = any_of(sample, "long", rng)
         piece = cut(options.cut, caption, tokenizer, options.cut_tokens, rng)
         web = tokenizer.words(sample.web)
         drawn: dict[str, list[int]] = {}

@@ -1,4 +1,4 @@
-"""SIGKILLs at random moments of real runs of all three stages; a resumed run must equal one that nothing interrupted."""
+"""SIGKILLs at random moments of runs of all three stages; a resumed run must equal one that nothing stopped."""
 
 import os
 import random
