@@ -27,7 +27,7 @@ class VisionConfig:
     layers: int = 12
     heads: int = 12
     mlp_width: int = 3072
-    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
     norm_eps: float = 1e-5
     pre_norm: bool = True
     """LayerNorm between the embeddings and the blocks."""
@@ -226,6 +226,9 @@ class PreprocessConfig:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    resize: Literal["crop", "squash"] = "crop"
+    """In evaluation: the short side to image_size and the centre cut out, or both sides to image_size. Training
+    crops either way."""
     crop_area: tuple[float, float] = (0.4, 1.0)
     """Share of the picture's area that a training crop keeps (lowest, highest)."""
     crop_aspect: tuple[float, float] = (0.75, 1.3333333333)

@@ -1,94 +1,195 @@
-"""`export-encoder RUN OUT`: an encoder run -> a plain `CLIPVisionModel` folder with proof that it computes the same.
+"""`export-encoder SOURCE OUT`: an encoder from anywhere -> a plain `CLIPVisionModel` folder with proof that it computes
+the same.
 
 Writes config.json, model.safetensors (`vision_model.*` keys, which transformers 4 and 5 both read), the image
-processor, parity.json and a model card. The tower is read back from disk and compared before the folder gets its name.
+processor, what makes image embeddings of its output, parity.json and a model card; docs/encoders.md explains them.
 """
 
 import argparse
+import ctypes
+import platform
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from encoders import manifest
-from encoders.errors import ModelError, ParityError, run_command
+from encoders.errors import UsageError, run_command
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from encoders.config import PreprocessConfig, VisionConfig
+    from encoders.fold import Fold
+    from encoders.sources import Source
+    from encoders.vision import VisionTower
 
-    from encoders.dual_encoder import DualEncoder
-
-MAX_RELATIVE_ERROR = 1e-5
-PARITY_IMAGES = 4
-LAYERS = ("hidden_states[-2]", "last_hidden_state", "pooler_output")
-
-
-def cli() -> None:
-    """Console entry point."""
-    parser = argparse.ArgumentParser(prog="export-encoder", description=__doc__)
-    parser.add_argument("source", type=Path, metavar="RUN", help="a finished encoder run (train/pretrain.py)")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace an encoder that OUT already holds")
-    arguments = parser.parse_args()
-    run_command(lambda: export(arguments.source, arguments.out, overwrite=arguments.overwrite))
+WEIGHTS_FILE, PARITY_FILE, CARD_FILE = "model.safetensors", "parity.json", "README.md"
+RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
-def export(run: Path, out: Path, overwrite: bool = False) -> None:
-    """Write the run's image tower to `out`.
+def parser() -> argparse.ArgumentParser:
+    """The options of export-encoder."""
+    options = argparse.ArgumentParser(
+        prog="export-encoder", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = "an encoder run, a Hub id, a folder in the Hub's layout (open_clip or transformers), or a weights file"
+    options.add_argument("source", metavar="SOURCE", help=source)
+    options.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    options.add_argument("--overwrite", action="store_true", help="replace an encoder that OUT already holds")
+    options.add_argument("--model-name", metavar="NAME", help="of a weights file: its open_clip model, as ViT-B-16")
+    options.add_argument("--revision", metavar="COMMIT", help="of a Hub id: branch, tag or commit")
+    options.add_argument("--image-size", type=int, metavar="N", help="fit the position table to N pixels, untrained")
+    resize = "how a learned table is fitted: as open_clip does (default) or as transformers interpolates"
+    options.add_argument("--resize", choices=("open_clip", "hf"), help=resize)
+    text = "also write both towers for open_clip, and as a CLIPModel where the architecture allows"
+    options.add_argument("--with-text", action="store_true", help=text)
+    push = options.add_argument_group("publishing (docs/publishing.md)")
+    push.add_argument("--push-to-hub", metavar="ORG/NAME", help="publish OUT there once it is written")
+    push.add_argument("--public", action="store_true", help="make a new repository public")
+    push.add_argument("--create-pr", action="store_true", help="as a pull request")
+    push.add_argument("--dry-run", action="store_true", help="write OUT, but only list what would be published")
+    return options
 
-    Raises DataError if `run` is not a finished encoder run, ModelError if its files disagree or its tower has no norm
-    before the blocks, UsageError if `out` is
-    taken, ParityError if what was written does not compute what was trained.
+
+def main() -> None:
+    """Export, then publish, as told by the command line."""
+    asked = parser().parse_args()
+    if asked.push_to_hub is None and (asked.public or asked.create_pr or asked.dry_run):
+        raise UsageError("--public, --create-pr and --dry-run belong to --push-to-hub ORG/NAME")
+    export(
+        asked.source,
+        asked.out,
+        overwrite=asked.overwrite,
+        image_size=asked.image_size,
+        resize=asked.resize,
+        with_text=asked.with_text,
+        model_name=asked.model_name,
+        revision=asked.revision,
+    )
+    if asked.push_to_hub is not None:
+        from encoders import hub
+
+        hub.publish(asked.out, asked.push_to_hub, public=asked.public, dry_run=asked.dry_run, create_pr=asked.create_pr)
+
+
+def export(
+    source: str | Path,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    image_size: int | None = None,
+    resize: str | None = None,
+    with_text: bool = False,
+    model_name: str | None = None,
+    revision: str | None = None,
+) -> None:
+    """Write the image tower of `source` to `out`; all of it or nothing.
+
+    Raises UsageError if `out` is taken or the options contradict each other, ModelError (or DataError, of a run) if the
+    source is not what it claims or cannot be a CLIPVisionModel, ParityError if what was written does not compute what
+    the source computes.
     """
-    manifest.read(run, "encoder-run")
+    if resize is not None and image_size is None:
+        raise UsageError("--resize belongs to --image-size; without it the position table stays as it is")
     manifest.refuse_to_clobber(out, "encoder", overwrite)
-    from encoders import encoder_run
+    from encoders.sources import open_source
 
-    model, _ = encoder_run.load(run)
-    if not model.config.vision.pre_norm:
-        raise ModelError(
-            f"{run} has no norm before its blocks (vision.pre_norm: false), which CLIPVisionModel always has; such a "
-            "tower cannot be exported yet: train with pre_norm: true what is to go into an MLLM"
-        )
-    with manifest.create(out, "encoder", model.config.to_dict(), {"run": run}, overwrite) as draft:
-        write_folder(model, draft.path)
-        parity = certify(model, draft.path)
-        manifest.write_json(draft.path / "parity.json", parity)
-        (draft.path / "README.md").write_text(model_card(model, parity, manifest.read(run)))
-        draft.metrics["parity"] = parity
-    worst = max(layer["max_relative_error"] for layer in parity["layers"].values())
-    print(f"wrote {out}: CLIPVisionModel at {model.config.vision.image_size} px, parity {worst:.1e} (bound 1e-05)")
+    # Handed over without a name here, so that `_write` can let go of it.
+    _write(open_source(str(source), model_name, revision), out, overwrite, image_size, resize or "open_clip", with_text)
 
 
-def write_folder(model: "DualEncoder", folder: Path) -> None:
-    """config.json, model.safetensors and preprocessor_config.json of the image tower."""
-    from safetensors.torch import save_file
+def _write(source: "Source", out: Path, overwrite: bool, image_size: int | None, resize: str, with_text: bool) -> None:
+    from encoders import card, parity, two_towers
 
-    tower = model.vision.model
+    if with_text:
+        two_towers.refuse(source)
+    native = source.tower.config.grid
+    if image_size is None or image_size == source.tower.config.image_size:
+        expected, steps = parity.expect(source), {}
+    else:
+        expected, proof = parity.expect_resized(source, image_size, resize == "hf")
+        steps = {"resize": _resize_facts(source.tower, resize, native), "source_before_resize": proof}
+    tower, fold = source.tower, _fold(source.tower, expected.pixels)
+    facts = encoder_facts(tower, source.preprocess, source.family, fold, steps.get("resize"))
+    with manifest.create(out, "encoder", facts, source.parents, overwrite) as draft:
+        write_folder(tower, source.preprocess, facts, source.provenance, fold, draft.path)
+        if with_text:
+            steps["two_towers"] = two_towers.write(source, expected, draft.path)
+        provenance = source.provenance
+        del source, tower  # the folder is loaded next: one copy of the weights at a time
+        _return_freed_memory()
+        certificate = {**parity.certify(expected, draft.path), **steps, "fold": facts["fold"]}
+        manifest.write_json(draft.path / PARITY_FILE, certificate)
+        card.write(draft.path, provenance, facts, certificate)
+        draft.metrics["parity"] = certificate
+    worst = max(layer["max_relative_error"] for layer in certificate["float32"]["layers"].values())
+    print(
+        f"wrote {out}: CLIPVisionModel at {facts['vision']['image_size']} px, parity {worst:.1e} "
+        f"(bound {parity.MAX_RELATIVE_ERROR:.0e})" + (", folded: not for float16" if fold else "")
+    )
+
+
+def write_folder(
+    tower: "VisionTower",
+    preprocess: "PreprocessConfig",
+    facts: dict[str, Any],
+    provenance: dict[str, Any],
+    fold: "Fold | None",
+    folder: Path,
+) -> None:
+    """What transformers reads (config, weights, image processor) and what makes an image embedding of its output."""
+    from encoders import image_head, safetensors_file
+    from encoders.fold import folded_state
+
+    state = folded_state(tower, fold) if fold else tower.model.state_dict()
     # Written here and not by save_pretrained: transformers 5 drops the prefix, and 4.x then loads a random tower.
-    weights = {f"vision_model.{name}": tensor.detach().float().contiguous() for name, tensor in _portable(tower)}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = tower.config.to_dict()
-    config |= {"architectures": ["CLIPVisionModel"], "dtype": "float32", "torch_dtype": "float32"}
-    for name in ("_attn_implementation", "_name_or_path", "attn_implementation"):
-        config.pop(name, None)
+    weights = {f"vision_model.{name.removeprefix('vision_model.')}": value.float() for name, value in state.items()}
+    origin = metadata(provenance)
+    safetensors_file.write(folder / WEIGHTS_FILE, weights, origin)
+    if facts["embed_dim"] is not None:
+        projection = {image_head.PROJECTION: tower.projection.weight}
+        safetensors_file.write(folder / image_head.PROJECTION_FILE, projection, origin)
+    config = model_config(tower.config, facts["embed_dim"], folded=fold is not None)
     manifest.write_json(folder / "config.json", config)
-    manifest.write_json(folder / "preprocessor_config.json", processor_config(model))
+    manifest.write_json(folder / "preprocessor_config.json", processor_config(preprocess, tower.config.image_size))
+    manifest.write_json(folder / image_head.FACTS_FILE, facts)
 
 
-def _portable(tower: Any) -> list[tuple[str, "Tensor"]]:
-    return [(name.removeprefix("vision_model."), tensor) for name, tensor in tower.state_dict().items()]
+def model_config(vision: "VisionConfig", embed_dim: int | None, folded: bool) -> dict[str, Any]:
+    """config.json of a CLIPVisionModel: every value spelled out, since defaults differ and may change."""
+    from encoders.vision import ACTIVATIONS
+
+    config: dict[str, Any] = {
+        "architectures": ["CLIPVisionModel"],
+        "model_type": "clip_vision_model",
+        "hidden_size": vision.width,
+        "intermediate_size": vision.mlp_width,
+        "projection_dim": embed_dim or vision.width,
+        "num_hidden_layers": vision.layers,
+        "num_attention_heads": vision.heads,
+        "num_channels": 3,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "hidden_act": ACTIVATIONS[vision.activation],
+        "layer_norm_eps": vision.norm_eps,
+        "attention_dropout": 0.0,
+        "initializer_factor": 1.0,
+        "initializer_range": 0.02,
+        "dtype": "float32",
+        "torch_dtype": "float32",  # transformers 4's name for it
+    }
+    return config | {"folded": True} if folded else config
 
 
-def processor_config(model: "DualEncoder") -> dict[str, Any]:
-    """CLIPImageProcessor settings that repeat the training model's evaluation transform."""
-    preprocess, size = model.config.preprocess, model.config.vision.image_size
+def processor_config(preprocess: "PreprocessConfig", size: int) -> dict[str, Any]:
+    """CLIPImageProcessor settings that repeat the source's evaluation transform."""
+    square = {"height": size, "width": size}
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": size},
-        "resample": {"bilinear": 2, "bicubic": 3}[preprocess.interpolation],
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
+        "size": square if preprocess.resize == "squash" else {"shortest_edge": size},
+        "resample": RESAMPLE[preprocess.interpolation],
+        "do_center_crop": True,  # of a squashed picture it takes all; LLaVA code reads crop_size
+        "crop_size": square,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -97,98 +198,54 @@ def processor_config(model: "DualEncoder") -> dict[str, Any]:
     }
 
 
-def certify(model: "DualEncoder", folder: Path) -> dict[str, Any]:
-    """Compare the exported folder, loaded by transformers, with the training model on fixed images in float32.
+def encoder_facts(
+    tower: "VisionTower",
+    preprocess: "PreprocessConfig",
+    family: str,
+    fold: "Fold | None",
+    resize: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """encoder.json, and the config in the manifest: the encoder as trained, before any fold."""
+    from torch import nn
 
-    Returns per layer the largest absolute error, the same relative to the largest activation, and the lowest cosine.
-    Raises ParityError above the bound, ModelError if a weight is missing, unexpected or of the wrong shape.
-    """
-    import torch
-    from transformers import CLIPVisionModel
-
-    from encoders.pretrained import load_strict
-
-    exported = load_strict(CLIPVisionModel, folder, torch.float32)
-    pixels = model.normalise(fixed_images(model.config.vision.image_size))
-    with torch.inference_mode():
-        ours = _layers(model.vision.model.eval()(pixel_values=pixels, output_hidden_states=True))
-        theirs = _layers(exported.eval()(pixel_values=pixels, output_hidden_states=True))
-    layers = {name: _difference(ours[name], theirs[name]) for name in LAYERS}
-    for name, layer in layers.items():
-        if not layer["max_relative_error"] <= MAX_RELATIVE_ERROR:
-            raise ParityError(
-                f"export differs from the training model at {name}: {layer}, bound {MAX_RELATIVE_ERROR} of the largest "
-                "activation; nothing was written"
-            )
-    bound = {"bound": MAX_RELATIVE_ERROR, "images": PARITY_IMAGES, "dtype": "float32"}
-    return {"layers": layers, "keys": {"missing": 0, "unexpected": 0}, **bound}
+    return {
+        "family": family,
+        "embed_dim": tower.projection.out_features if isinstance(tower.projection, nn.Linear) else None,
+        "vision": asdict(tower.config),
+        "preprocess": asdict(preprocess),
+        "folded": fold is not None,
+        "fold": {**asdict(fold), "error": fold.error} if fold else None,
+        "resize": resize,
+    }
 
 
-def fixed_images(size: int) -> "Tensor":
-    """Smooth, coloured, noisy pictures, the same for everyone: uint8 (4,3,size,size)."""
-    import torch
-    import torch.nn.functional as F
-
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(PARITY_IMAGES, 3, 5, 5, generator=generator)
-    smooth = F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=False)
-    noise = 0.05 * torch.randn(PARITY_IMAGES, 3, size, size, generator=generator)
-    return ((smooth + noise).clamp(0, 1) * 255).round().to(torch.uint8)
+def metadata(provenance: dict[str, Any]) -> dict[str, str]:
+    """What of the provenance goes into the safetensors headers, which hold strings only."""
+    return {name: str(value) for name, value in provenance.items() if isinstance(value, str | int | float)}
 
 
-def _layers(output: Any) -> dict[str, "Tensor"]:
-    return dict(zip(LAYERS, (output.hidden_states[-2], output.last_hidden_state, output.pooler_output), strict=True))
+def _fold(tower: "VisionTower", pixels: Any) -> "Fold | None":
+    from encoders import fold
+
+    if tower.config.pre_norm:
+        return None
+    return fold.choose(fold.largest_variance(tower, pixels), tower.config.norm_eps)
 
 
-def _difference(ours: "Tensor", theirs: "Tensor") -> dict[str, float]:
-    import torch.nn.functional as F
-
-    error = (ours - theirs).abs().max().item()
-    cosine = F.cosine_similarity(ours.double(), theirs.double(), dim=-1).min().item()
-    return {"max_abs_error": error, "max_relative_error": error / ours.abs().max().item(), "min_cosine": cosine}
+def _resize_facts(tower: "VisionTower", mode: str, native: int) -> dict[str, Any]:
+    learned = tower.config.position_table == "learned"
+    return {"mode": mode if learned else "regenerated", "from_grid": native, "to_grid": tower.config.grid}
 
 
-def model_card(model: "DualEncoder", parity: dict[str, Any], run: manifest.Manifest) -> str:
-    """README.md of the exported folder: what it is, how to load it, what was measured."""
-    vision, config = model.config.vision, model.config
-    rows = "\n".join(
-        f"| {name} | {layer['max_abs_error']:.2e} | {layer['max_relative_error']:.2e} | {layer['min_cosine']:.8f} |"
-        for name, layer in parity["layers"].items()
-    )
-    retrieval = run.metrics.get("retrieval", {})
-    figures = "\n".join(
-        f"| {name} | {value:.4f} |" for name, value in sorted(retrieval.items()) if isinstance(value, float)
-    )
-    return f"""---
-library_name: transformers
-pipeline_tag: image-feature-extraction
-tags: [clip, vision, vision-encoder, llava, {config.objective}]
----
+def _return_freed_memory() -> None:
+    """To the system: glibc would keep a tower's worth of it for itself, beside the one that is loaded next."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
-# {config.objective.upper()} vision encoder, {vision.image_size} px
 
-A `CLIPVisionModel`: {vision.layers} layers of {vision.width}, patch {vision.patch_size}, `{vision.activation}`,
-layer norm eps {vision.norm_eps}. Trained with the `{config.objective}` objective.
-
-```python
-from transformers import AutoImageProcessor, CLIPVisionModel
-tower = CLIPVisionModel.from_pretrained(folder)
-processor = AutoImageProcessor.from_pretrained(folder)
-patches = tower(**processor(image, return_tensors="pt"), output_hidden_states=True).hidden_states[-2][:, 1:]
-```
-
-## Parity with the training model
-float32, {parity["images"]} fixed images; refused above {parity["bound"]} of the largest activation.
-
-| layer | max abs error | relative to largest activation | min cosine |
-|---|---|---|---|
-{rows}
-
-## Held-out retrieval of the encoder run
-| metric | value |
-|---|---|
-{figures}
-"""
+def cli() -> None:
+    """Console entry point."""
+    run_command(main)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 
 from encoders.errors import ModelError
+from encoders.fold import warn_of_float16
 
 
 def load_strict(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
     """`model_class.from_pretrained` that accepts only a folder of that type with exactly its weights, on the CPU.
 
     Raises ModelError naming the missing, unexpected or wrongly shaped keys: by itself it would fill them at random.
+    Warns of a folded vision tower in float16.
     """
     config = _read_config(folder)
     wanted = model_class.config_class.model_type
@@ -29,6 +31,7 @@ def load_strict(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
     wrong = [
         f"{key}: saved as {list(saved)}, config asks {list(asked)}" for key, saved, asked in info["mismatched_keys"]
     ]
+    warn_of_float16(config, dtype)
     problems = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"], "of another shape": wrong}
     found = [f"{len(keys)} {what} ({'; '.join(sorted(keys)[:3])})" for what, keys in problems.items() if keys]
     if found:

@@ -6,6 +6,7 @@ E joint embedding.
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,13 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from encoders.config import VisionConfig
+
+ResizeMode = Literal["open_clip", "hf"]
+"""How a learned position table is interpolated, both bicubic: with antialias as open_clip does when it loads a table,
+or without as transformers' `interpolate_pos_encoding` does at each call. They differ at any grid: torch's antialiased
+filter is another cubic (a = -0.5, not -0.75)."""
+
+ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}  # ours -> transformers'
 
 
 def hf_config(config: VisionConfig, embed_dim: int) -> CLIPVisionConfig:
@@ -25,7 +33,7 @@ def hf_config(config: VisionConfig, embed_dim: int) -> CLIPVisionConfig:
         num_attention_heads=config.heads,
         image_size=config.image_size,
         patch_size=config.patch_size,
-        hidden_act=config.activation,
+        hidden_act=ACTIVATIONS[config.activation],
         layer_norm_eps=config.norm_eps,
     )
 
@@ -64,6 +72,11 @@ class VisionTower(nn.Module):
         """Patch tokens before the final norm (B,N,D) -> in the joint space (B,N,E)."""
         return self.projection(self.model.post_layernorm(patch_tokens))
 
+    def embed(self, last_hidden_state: Tensor) -> Tensor:
+        """All tokens after the last block (B,1+N,D) -> pooled embedding (B,E), as `forward` gives it."""
+        class_token = self.model.post_layernorm(last_hidden_state[:, 0])
+        return self.projection(self._pool(class_token, last_hidden_state[:, 1:]))
+
     def _pool(self, class_token: Tensor, patch_tokens: Tensor) -> Tensor:
         norm = self.model.post_layernorm
         if self.config.pool == "class":
@@ -72,7 +85,7 @@ class VisionTower(nn.Module):
             norm(patch_tokens.mean(1)) if self.config.norm_after_pool else norm(patch_tokens).mean(1)
         )  # (B,N,D) -> (B,D)
 
-    def resize(self, image_size: int) -> None:
+    def resize(self, image_size: int, mode: ResizeMode = "open_clip") -> None:
         """Fit the position table to a new resolution: learned tables are interpolated on their 2-d grid with the class
         position untouched, fixed sin-cos tables are regenerated. Does nothing if the size is the same.
 
@@ -83,7 +96,7 @@ class VisionTower(nn.Module):
             if resized.position_table == "sincos2d":
                 table = sincos2d_table(resized.grid, resized.width)
             else:
-                table = resize_table(self.position_table.detach(), resized.grid)
+                table = resize_table(self.position_table.detach(), resized.grid, mode)
             self._set_table(table)
         embeddings = self.model.embeddings
         embeddings.image_size = self.model.config.image_size = image_size
@@ -103,16 +116,18 @@ class VisionTower(nn.Module):
         embeddings.position_embedding.weight.requires_grad_(self.config.position_table == "learned")
 
 
-def resize_table(table: Tensor, grid: int) -> Tensor:
-    """Interpolate a position table (1+n*n,D) to (1+grid*grid,D): bicubic with antialias as open_clip does it; the class
-    position (first row) is copied."""
+def resize_table(table: Tensor, grid: int, mode: ResizeMode = "open_clip") -> Tensor:
+    """Interpolate a position table (1+n*n,D) to (1+grid*grid,D) as `mode` says; the class position (first row) is
+    copied."""
     old = math.isqrt(table.shape[0] - 1)
     if old * old != table.shape[0] - 1:
         raise ValueError(f"position table with {table.shape[0]} rows is not a class position and a square grid")
     if old == grid:
         return table.clone()
     patches = table[1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)  # (n*n,D) -> (1,D,n,n)
-    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", antialias=True, align_corners=False)
+    patches = F.interpolate(
+        patches, size=(grid, grid), mode="bicubic", antialias=mode == "open_clip", align_corners=False
+    )
     patches = patches.flatten(2).squeeze(0).T  # (1,D,grid,grid) -> (grid*grid,D)
     return torch.cat([table[:1], patches.to(table.dtype)])
 

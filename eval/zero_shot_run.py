@@ -1,4 +1,5 @@
-"""eval-encoder: a finished encoder run -> zero-shot retrieval, classification and segmentation figures.
+"""eval-encoder: an encoder run, or an encoder exported --with-text -> zero-shot retrieval, classification and
+segmentation figures.
 
 Every picture of a set counts or the command fails: no score is given for a part of a set.
 """
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from encoders import manifest
-from encoders.errors import UsageError, run_command
+from encoders.errors import DataError, UsageError, run_command
 from eval.prompts import TEMPLATE_SETS
 from eval.zero_shot_spec import KINDS, ZeroShotSpec, parse_spec
 
@@ -47,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=SPEC_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    options.add_argument("run", type=Path, metavar="RUN", help="folder of a finished encoder run")
+    options.add_argument("run", type=Path, metavar="RUN", help="an encoder run, or an encoder exported --with-text")
     for task, kinds in KINDS.items():
         options.add_argument(f"--{task}", action="append", default=[], metavar="SET", help=f"kinds: {', '.join(kinds)}")
     options.add_argument("--templates", choices=TEMPLATE_SETS, help="prompts of sets that name none (plain)")
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError(f"--batch-size must be at least 1, not {args.batch_size}")
     if args.out is not None and not args.out.resolve().parent.is_dir():
         raise UsageError(f"--out {args.out}: its folder does not exist; make it first")
-    manifest.read(args.run, "encoder-run")
+    _kind(args.run)
     results = evaluate(args.run, specs, args.device, args.batch_size)
     print_table(results)
     if args.out is not None:
@@ -81,13 +82,13 @@ def evaluate(run: Path, specs: Sequence[ZeroShotSpec], device: str, batch_size: 
     """
     import torch
 
-    from encoders import encoder_run
+    from encoders import encoder_run, two_towers
     from eval.zero_shot_score import open_sets
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     sets = open_sets(specs)
-    model, tokenizer = encoder_run.load(run)
+    model, tokenizer = encoder_run.load(run) if _kind(run) == "encoder-run" else two_towers.read(run)
     model.to(device)
     entries = []
     for one in sets:
@@ -123,6 +124,14 @@ def print_table(results: Mapping[str, Any]) -> None:
             end_section=True,
         )
     Console().print(table)
+
+
+def _kind(run: Path) -> str:
+    """Raises DataError for an artifact that has no two towers."""
+    kind = manifest.read(run).kind
+    if kind not in ("encoder-run", "encoder"):
+        raise DataError(f"{run} holds a {kind!r} artifact where 'encoder-run' or 'encoder' is needed")
+    return kind
 
 
 def _specs(args: argparse.Namespace) -> list[ZeroShotSpec]:

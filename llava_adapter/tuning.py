@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from encoders.errors import ModelError, UsageError
+from encoders.fold import refuse_training
 
 MODES = {"vision": ("frozen",), "projector": ("frozen", "full"), "llm": ("frozen", "lora", "full")}
 # A full path: module names alone (q_proj, ...) would also match the vision tower.
@@ -106,11 +107,19 @@ def _declared_trainable(name: str, plan: TunePlan) -> bool:
 
 
 def parameter_groups(model: nn.Module, plan: TunePlan) -> list[dict[str, Any]]:
-    """Optimizer groups {"name", "params", "lr", "weight_decay"}, one per trainable part. Weight decay is 0."""
+    """Optimizer groups {"name", "params", "lr", "weight_decay"}, one per trainable part. Weight decay is 0.
+
+    Raises ModelError if the fold of a folded vision tower would be among them.
+    """
     groups: dict[str, list[nn.Parameter]] = {}
+    of_tower = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups.setdefault(part_of(name), []).append(parameter)
+            of_tower += [name.partition("vision_tower.")[2]] if part_of(name) == "vision" else []
+    if of_tower:
+        config: Any = model.config
+        refuse_training(of_tower, config.to_dict())
     rates = {"projector": plan.projector_lr, "lora": plan.lr, "llm": plan.lr}
     return [{"name": part, "params": params, "lr": rates[part], "weight_decay": 0.0} for part, params in groups.items()]
 

@@ -123,8 +123,16 @@ class PretrainConfig:
 class ResolutionConfig:
     """train/finetune_resolution.py"""
 
-    init: Path = Path("runs/demo/clips/pretrain")
-    """A finished encoder run; its model and objective go on at the new resolution."""
+    init: str = "runs/demo/clips/pretrain"
+    """A finished encoder run, whose model and objective go on at the new resolution; or published weights with both
+    towers: a Hub id, a folder in the Hub's layout, or a file of open_clip's weights."""
+    model_name: str | None = None
+    """Of a file of weights: open_clip's name of its config, such as ViT-B-16."""
+    revision: str | None = None
+    """Of a Hub id: branch, tag or commit."""
+    objective: Literal["clip", "clipa", "clips", "dreamlip"] | None = None
+    """Of published weights, which come without one; null takes that of their family (clips without its captioner, which
+    was not published; else clip)."""
     image_size: int = 336
     run: RunConfig = field(default_factory=RunConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -1,8 +1,8 @@
-"""Fine-tune a finished encoder run at a higher resolution.
+"""Fine-tune an encoder at a higher resolution: a finished run, or published weights with both towers.
 
-    accelerate launch train/finetune_resolution.py --config train/recipes/resolution_demo.yaml [--init RUN] [--resume]
+    accelerate launch train/finetune_resolution.py --config train/recipes/resolution_demo.yaml [--init SOURCE]
 
-Position table, config and preprocessing change together; the objective goes on as it was. Writes an encoder run.
+Position table, config and preprocessing change together; a run's objective goes on as it was. Writes an encoder run.
 """
 
 from encoders.errors import run_command

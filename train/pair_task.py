@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from encoders import encoder_run, objectives
+from encoders.config import ObjectiveName
 from encoders.data.formats import open_samples
 from encoders.data.pairs import Ledger, TrainingPairs, collate, evaluation_set
 from encoders.data.samples import BadSample, Samples
 from encoders.data.tokenizers import FILE as TOKENIZER_FILE
 from encoders.data.tokenizers import CaptionTokenizer
-from encoders.errors import ModelError
+from encoders.errors import ModelError, UsageError
 from encoders.objective import Objective
+from encoders.sources import open_source
 from eval.zero_shot import chance_r1, recalls, retrieval_ranks
 from eval.zero_shot_score import open_sets
 from train.cached_step import cached_step
@@ -29,6 +31,7 @@ from train.optim import decay_groups
 TOKENIZER_SAMPLES = 20_000
 EVALUATION_BATCH = 250
 RANKS_FILE = "retrieval.jsonl"
+FAMILY_OBJECTIVES: dict[str, ObjectiveName] = {"clips": "clips", "dreamlip": "dreamlip"}  # of published weights
 
 
 def pretrain(config: PretrainConfig, accelerator: Accelerator) -> "PairTask":
@@ -49,14 +52,31 @@ def pretrain(config: PretrainConfig, accelerator: Accelerator) -> "PairTask":
 
 
 def finetune_resolution(config: ResolutionConfig) -> "PairTask":
-    """The model of a finished run with its position table, config and preprocessing at the new size."""
-    model, tokenizer = encoder_run.load(config.init)
+    """The model of a finished run, or of published weights, with its position table, config and preprocessing at the
+    new size.
+
+    Raises ModelError if the source lacks a text tower or a tokenizer that fit here.
+    """
+    source = open_source(config.init, config.model_name, config.revision)
+    if source.model is None or source.tokenizer is None:
+        raise ModelError(
+            f"{config.init} cannot be trained further, as it takes both towers and a tokenizer: "
+            + "; ".join(source.provenance["notes"])
+        )
+    if isinstance(source.model, Objective):
+        if config.objective is not None:
+            raise UsageError(f"{config.init} goes on with its own objective; leave out `objective`")
+        model = source.model
+    else:
+        name = config.objective or FAMILY_OBJECTIVES.get(source.family, "clip")
+        model = objectives.around(source.model, name)
+        print(f"{config.init}: published weights of family {source.family}, trained on with objective {name}")
     before = model.config.vision.image_size
     model.resize(config.image_size)
     print(f"position table: {before} px -> {config.image_size} px ({model.config.vision.grid} patches a side)")
-    parents = {"data": config.data.folder, "init": config.init}
+    parents = {"data": config.data.folder, "init": next(iter(source.parents.values()))}
     samples = open_samples(config.data.train)
-    return PairTask("resolution", asdict(config), config.data, samples, model.train(), tokenizer, parents)
+    return PairTask("resolution", asdict(config), config.data, samples, model.train(), source.tokenizer, parents)
 
 
 class PairTask:

@@ -1,0 +1,264 @@
+"""A vision encoder from anywhere as our own tower: our runs, open_clip weights (CLIPS, CLIPA, DreamLIP), CLIP models of
+transformers. `open_source` finds out which; what cannot become a CLIPVisionModel is refused with the reason."""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from encoders import encoder_run, hf_import, manifest, open_clip_import
+from encoders.config import PreprocessConfig, TextConfig, VisionConfig
+from encoders.data.tokenizers import CaptionTokenizer
+from encoders.dual_encoder import DualEncoder
+from encoders.errors import ModelError, UsageError
+from encoders.foreign_tokenizers import open_clip_tokenizer, read_tokenizer
+from encoders.hub_download import Download, download
+from encoders.open_clip_config import family, preprocess_config, text_plan, vision_config
+from encoders.tower_weights import build_towers, build_vision
+from encoders.vision import VisionTower
+from encoders.weights_files import Weights, inside
+
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+CLIP_VOCABULARY = 49408
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A vision encoder from anywhere, as our own tower, with what it takes to prove and to describe it."""
+
+    tower: VisionTower
+    """Unfolded, float32, on the CPU, in eval mode. Its `projection` is nn.Identity where the source has none."""
+    preprocess: PreprocessConfig
+    """The source's own mean, std and interpolation, and whether it crops or squashes."""
+    model: DualEncoder | None
+    """Both towers (`tower` is its image tower) where the source has a text tower that ours can represent."""
+    tokenizer: CaptionTokenizer | None
+    reference: Callable[[Tensor], dict[str, Tensor]]
+    """Normalised pixels (B,3,H,W) -> `hidden_states[-2]` and `last_hidden_state` (B,1+N,D), `pooler_output` (B,D: the
+    final norm of the class token), and `image_embeds` (B,E: the source's image embedding, not normalised; where it
+    has a projection); computed by the source's own implementation from its own weights."""
+    family: str
+    """run, open_clip, clips, clipa, dreamlip or hf-clip."""
+    provenance: dict[str, Any]
+    """What goes into the card and the weights' metadata. Always `source`, `family`, `weights_sha256` and `notes` (what
+    was left out, and why); of a Hub id `base_model`, `commit` and `license`; of a run `objective` and `metrics`; of a
+    bare file `architecture`."""
+    parents: dict[str, Path]
+    """For the manifest."""
+
+
+def open_source(source: str | Path, model_name: str | None = None, revision: str | None = None) -> Source:
+    """Open a run's folder, a Hub id (at `revision`), a folder in the Hub's layout, or open_clip's weights in a file,
+    for which `model_name` names the config in open_clip's package.
+
+    Raises UsageError for a source that is nothing of these, ModelError for one that cannot become a CLIPVisionModel.
+    """
+    path = Path(source)
+    if path.is_file() != (model_name is not None):
+        what = "is a file of weights, which says nothing of its model" if path.is_file() else "is no file of weights"
+        way = "add --model-name, such as ViT-B-16" if path.is_file() else "leave out --model-name"
+        raise UsageError(f"{source} {what}; {way}")
+    if path.exists() and revision is not None:
+        raise UsageError(f"{source} is on this machine and has no revision {revision}; that is for ids on the Hub")
+    if model_name is not None:
+        return _open_file(path, model_name)
+    if path.is_dir():
+        if (path / manifest.MANIFEST).is_file() and manifest.read(path).kind == "encoder-run":
+            return _open_run(path)
+        return _open_folder(path, {"source": path.resolve().name})
+    if path.is_absolute() or not HUB_ID.fullmatch(str(source)):
+        raise UsageError(f"{source} does not exist, and it is no id on the Hub (organisation/name)")
+    return _open_hub(download(str(source), revision, choose_weights))
+
+
+def choose_weights(names: frozenset[str]) -> tuple[str, ...]:
+    """Of the names of a folder's small files: the weights to look for, best first. open_clip's come before those of
+    transformers, as they are what was trained where a repository has both."""
+    return OPEN_CLIP_WEIGHTS if OPEN_CLIP_CONFIG in names else hf_import.WEIGHTS
+
+
+def _open_run(folder: Path) -> Source:
+    model, tokenizer = encoder_run.load(folder)
+    told = manifest.read(folder)
+    tower = model.vision
+    provenance = {
+        "source": folder.resolve().name,
+        "family": "run",
+        "weights_sha256": told.files[encoder_run.WEIGHTS_FILE].sha256,
+        "objective": model.config.objective,
+        "metrics": told.metrics,
+        "notes": [],
+    }
+    return Source(
+        tower=tower,
+        preprocess=model.config.preprocess,
+        model=model,
+        tokenizer=tokenizer,
+        reference=partial(_run_reference, tower),
+        family="run",
+        provenance=provenance,
+        parents={"run": folder},
+    )
+
+
+@torch.inference_mode()
+def _run_reference(tower: VisionTower, pixels: Tensor) -> dict[str, Tensor]:
+    output = tower.model(pixel_values=pixels, output_hidden_states=True)
+    return {
+        "hidden_states[-2]": output.hidden_states[-2],
+        "last_hidden_state": output.last_hidden_state,
+        "pooler_output": output.pooler_output,
+        "image_embeds": tower(pixels)[1],
+    }
+
+
+def _open_hub(got: Download) -> Source:
+    told = {"source": got.repo, "base_model": got.repo, "commit": got.commit, "license": got.license}
+    return _open_folder(got.folder, told)
+
+
+def _open_folder(folder: Path, told: Mapping[str, Any]) -> Source:
+    if inside(folder, OPEN_CLIP_CONFIG).is_file():
+        config = hf_import.read_json(folder, OPEN_CLIP_CONFIG)
+        where = str(folder / OPEN_CLIP_CONFIG)
+        if not isinstance(config.get("model_cfg"), dict):
+            raise ModelError(f"{where} has no `model_cfg`; it is not the config that open_clip writes")
+        found = [file for name in OPEN_CLIP_WEIGHTS if (file := inside(folder, name)).is_file()]
+        if not found:
+            raise ModelError(f"{folder} has {OPEN_CLIP_CONFIG} but none of {', '.join(OPEN_CLIP_WEIGHTS)}")
+        parts = _open_clip(found[0], config["model_cfg"], config.get("preprocess_cfg") or {}, where)
+        return _assemble(parts, folder, told)
+    if inside(folder, "config.json").is_file():
+        return _assemble(_open_hf(folder), folder, told)
+    raise ModelError(
+        f"{folder} holds no {manifest.MANIFEST} of an encoder run, no {OPEN_CLIP_CONFIG} and no config.json; a file of "
+        "weights can be named itself, with --model-name"
+    )
+
+
+def _open_file(file: Path, model_name: str) -> Source:
+    model_cfg, preprocess_cfg = open_clip_import.named_config(model_name)
+    parts = _open_clip(file, model_cfg, preprocess_cfg, f"open_clip's {model_name}.json")
+    return _assemble(parts, file, {"source": file.name, "architecture": model_name})
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a foreign format gives, before the towers are built."""
+
+    weights: Weights
+    vision: tuple[dict[str, Tensor], VisionConfig]
+    text: tuple[dict[str, Tensor], TextConfig] | str
+    """Or why there is no text tower."""
+    preprocess: PreprocessConfig
+    reference: Callable[[Tensor], dict[str, Tensor]]
+    family: str
+    tokenizer_repo: str | None = None
+    """Where on the Hub the tokenizer lies if not beside the weights."""
+    notes: tuple[str, ...] = ()
+
+
+def _open_clip(file: Path, model_cfg: dict[str, Any], preprocess_cfg: Mapping[str, Any], where: str) -> _Parts:
+    config = vision_config(model_cfg, where)  # refusals first: the file may be large
+    weights = Weights(file)
+    open_clip_import.refuse_openai_without_quick_gelu(weights, config)
+    name: str = family(model_cfg)
+    left = open_clip_import.left_out(weights)
+    state, config = open_clip_import.read_vision(weights, config)
+    if (width := len(state["projection.weight"])) != model_cfg.get("embed_dim"):
+        raise ModelError(f"{where}: embed_dim is {model_cfg.get('embed_dim')}, but {file} projects to {width}")
+    return _Parts(
+        weights=weights,
+        vision=(state, config),
+        text=_text(weights, text_plan(model_cfg, where), open_clip_import.read_text),
+        preprocess=preprocess_config(preprocess_cfg, name, where),
+        reference=partial(open_clip_import.reference, weights, model_cfg),
+        family="dreamlip" if name == "open_clip" and open_clip_import.is_dreamlip(weights) else name,
+        tokenizer_repo=model_cfg.get("text_cfg", {}).get("hf_tokenizer_name"),
+        notes=(f"{len(left)} tensors of neither tower are left out: {', '.join(left[:3])}",) if left else (),
+    )
+
+
+def _open_hf(folder: Path) -> _Parts:
+    config, text_config = hf_import.read_configs(folder)
+    preprocess = hf_import.read_preprocess(folder, config.image_size)
+    weights = Weights(hf_import.weights_file(folder))
+    for file in weights.files():
+        inside(folder, file.name)
+    state = hf_import.read_vision(weights, config)
+    return _Parts(
+        weights=weights,
+        vision=hf_import.exported_head(folder, state, config),
+        text=_text(weights, text_config, hf_import.read_text),
+        preprocess=preprocess,
+        reference=partial(hf_import.reference, folder, "projection.weight" in state),
+        family="hf-clip",
+    )
+
+
+def _text(
+    weights: Weights,
+    config: TextConfig | str,
+    read: Callable[[Weights, TextConfig], dict[str, Tensor] | str],
+) -> tuple[dict[str, Tensor], TextConfig] | str:
+    """The text tower's state dict and config, or the first reason why there is none."""
+    if isinstance(config, str):
+        return config
+    state = read(weights, config)
+    return state if isinstance(state, str) else (state, config)
+
+
+def _assemble(parts: _Parts, parent: Path, told: Mapping[str, Any]) -> Source:
+    tower = build_vision(*parts.vision, parts.weights.file)
+    notes = list(parts.notes)
+    model, tokenizer = None, None
+    if isinstance(parts.text, str):
+        notes.append(f"the text tower is left out: {parts.text}")
+    else:
+        scale = parts.weights.tensor("logit_scale")
+        model = build_towers(tower, parts.text, scale, parts.preprocess, parts.weights.file)
+        tokenizer = _tokenizer(parent, model.config.text, parts.tokenizer_repo if "base_model" in told else None)
+        if tokenizer is None:
+            notes.append("no tokenizer lies beside the weights (tokenizer.json; the extra [open-clip] has CLIP's own)")
+    parts.weights.release()
+    provenance = {**told, "family": parts.family, "weights_sha256": _sha256(parts.weights), "notes": notes}
+    return Source(
+        tower=tower,
+        preprocess=parts.preprocess,
+        model=model,
+        tokenizer=tokenizer,
+        reference=parts.reference,
+        family=parts.family,
+        provenance=provenance,
+        parents={"source": parent},
+    )
+
+
+def _tokenizer(parent: Path, text: TextConfig, repo: str | None) -> CaptionTokenizer | None:
+    """The one beside the weights, or else CLIP's own out of open_clip's package, or that of `repo` on the Hub."""
+    tokenizer = read_tokenizer(parent, text.kind) if parent.is_dir() else None
+    if tokenizer is None and text.kind == "clip" and text.vocab_size == CLIP_VOCABULARY and find_spec("open_clip"):
+        tokenizer = open_clip_tokenizer()
+    if tokenizer is None and repo is not None:
+        tokenizer = read_tokenizer(download(repo, None, None).folder, text.kind)
+    if tokenizer is not None and tokenizer.size > text.vocab_size:
+        raise ModelError(f"{parent}: its tokenizer has {tokenizer.size} ids, its text tower {text.vocab_size} tokens")
+    return tokenizer
+
+
+def _sha256(weights: Weights) -> str:
+    """Of the weights file; of several shards, of their hashes."""
+    digests = []
+    for file in weights.files():
+        with file.open("rb") as stream:
+            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -1,0 +1,157 @@
+"""The commands that publish, over loopback: encoders that load by their id, LLaVAs and adapters with their cards."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import HubServer
+from huggingface_hub import ModelCard
+from publishing import REPO, client, finish
+from publishing import encoder as encoder
+from publishing import made as made
+from publishing import server as server
+from safetensors.torch import save_file
+from transformers import CLIPVisionModel
+
+from encoders import export, hub, manifest
+from encoders.errors import DataError, ModelError, UsageError
+from encoders.sources import open_source
+from llava_adapter import publish as publish_model
+
+
+def test_the_command_publishes_and_transformers_and_we_load_it_by_its_id(
+    server: HubServer, encoder: Path, tmp_path: Path
+) -> None:
+    published = client(server, tmp_path, "-m", "llava_adapter.publish", str(encoder), REPO, "--public")
+    out, errors = published.communicate(timeout=60)
+    assert published.returncode == 0, errors
+    commit = server.repos[REPO].refs["main"]
+    assert f"published {server.url}/{REPO}/commit/{commit}" in out
+
+    local = CLIPVisionModel.from_pretrained(encoder).eval()
+    model, info = CLIPVisionModel.from_pretrained(REPO, output_loading_info=True)
+    assert not any(info.values())
+    source = open_source(REPO)
+    assert source.family == "hf-clip"
+    assert commit in json.dumps(source.provenance)  # a branch moves, a commit does not
+    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = local(pixels).last_hidden_state
+        torch.testing.assert_close(model.eval()(pixels).last_hidden_state, expected, rtol=0, atol=0)
+        torch.testing.assert_close(source.tower.model(pixels).last_hidden_state, expected)
+    with pytest.raises(ModelError, match="revision v9"):
+        open_source(REPO, revision="v9")
+
+
+def test_from_one_repository_to_another_in_one_command(
+    server: HubServer, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.publish(encoder, REPO)
+    line = f"export-encoder {REPO} {tmp_path / 'out'} --push-to-hub someone/exported"
+    monkeypatch.setattr(sys, "argv", [*line.split(), "--dry-run"])
+    export.main()
+    assert "someone/exported" not in server.repos
+    monkeypatch.setattr(sys, "argv", [*line.split(), "--overwrite"])
+    export.main()
+    files = server.repos["someone/exported"].files("main")
+    card = ModelCard(files["README.md"].content.decode())
+    assert card.data.base_model == REPO
+    assert card.data.license == "apache-2.0"  # the source's own
+    assert server.repos[REPO].refs["main"] in card.content
+    assert card.data.pipeline_tag == "image-feature-extraction"
+
+
+def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["publish-model", *command.split()])
+    publish_model.main()
+
+
+@pytest.fixture
+def llava(tiny_llava: Path, tmp_path: Path) -> Path:
+    """As training leaves it: the model, its adapter, and the run's own records."""
+    folder = Path(shutil.copytree(tiny_llava, tmp_path / "llava"))
+    (folder / "adapter").mkdir()
+    save_file({"lora": torch.ones(2)}, folder / "adapter" / "adapter_model.safetensors")
+    lora = {
+        "r": 4,
+        "lora_alpha": 8,
+        "modules_to_save": ["multi_modal_projector"],
+        "base_model_name_or_path": str(folder),
+    }
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(lora))
+    (folder / "adapter" / "README.md").write_text(f"---\nbase_model: {folder}\n---\n[More Information Needed]\n")
+    run = {"steps": 3, "batch_size": 2, "precision": "bf16", "seed": 0}
+    stage = {"run": run, "optim": {"lr": 1e-3}, "lora_r": 4, "lora_alpha": 8}
+    origin = {"encoder": {"fingerprint": "e" * 64, "path": str(folder)}, "llm": {"fingerprint": "a" * 64}}
+    finish(folder, "llava", projector=stage, lora=stage, **origin)
+    (folder / "status.json").write_text("{}")
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "optimizer.pt").write_bytes(b"x")
+    return folder
+
+
+def results(folder: Path, model: Path, limit: int | None = None) -> Path:
+    bench = {"task": "pope", "questions": 9000, "metrics": {"pope_accuracy": 0.861}}
+    bench["protocol"] = {"split": "test", "scoring": "exactly yes or no"}
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps({"benches": {"pope": bench}}))
+    manifest.seal(folder, "results", {"limit": limit}, {"model": model})
+    return folder
+
+
+def test_a_llava_brings_a_card_and_leaves_its_run_behind(
+    server: HubServer, llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = results(tmp_path / "results", llava)
+    bases = f"--base-model {REPO} --base-model meta/llm"
+    with pytest.raises(UsageError, match="a card needs --license"):
+        run(f"{llava} someone/llava", monkeypatch)
+    run(f"{llava} someone/llava --license llama3 {bases} --results {scores}", monkeypatch)
+    files = {name: blob.content for name, blob in server.repos["someone/llava"].files("main").items()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "manifest.json", "README.md"} < files.keys()
+    assert not any(name.startswith(("adapter", "checkpoints", "status")) for name in files)
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.license, card.data.library_name, card.data.pipeline_tag) == (
+        "llama3",
+        "transformers",
+        "image-text-to-text",
+    )
+    assert card.data.base_model == [REPO, "meta/llm"]
+    assert [(r.dataset_type, r.metric_type, r.metric_value) for r in card.data.eval_results] == [
+        ("pope", "pope_accuracy", 0.861)
+    ]
+    assert not (llava / "README.md").exists()  # the folder is as it was
+    assert str(tmp_path).encode() not in b"".join(files.values())
+
+
+def test_scores_of_another_model_or_of_a_few_questions_are_not_published(
+    llava: Path, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = results(tmp_path / "other", tiny_llava)
+    with pytest.raises(DataError, match="holds the scores of another model"):
+        run(f"{llava} someone/llava --license mit --results {other}", monkeypatch)
+    part = results(tmp_path / "part", llava, limit=10)
+    with pytest.raises(DataError, match="answered only 10 questions"):
+        run(f"{llava} someone/llava --license mit --results {part}", monkeypatch)
+
+
+def test_an_adapter_names_the_published_model_it_belongs_to(
+    server: HubServer, llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="an adapter needs --base-model"):
+        run(f"{llava / 'adapter'} someone/adapter --license mit", monkeypatch)
+    run(f"{llava / 'adapter'} someone/adapter --license mit --base-model someone/stage1", monkeypatch)
+    files = {name: blob.content for name, blob in server.repos["someone/adapter"].files("main").items()}
+    assert files.keys() - {".gitattributes"} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "manifest.json",
+    }
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "someone/stage1"
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.library_name, card.data.base_model) == ("peft", ["someone/stage1"])
+    assert "More Information Needed" not in card.content
