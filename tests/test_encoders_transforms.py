@@ -1,7 +1,11 @@
 """Pictures to pixels: decoded as Pillow does, refused by their header where too large, cropped as torchvision does."""
 
 import io
+import json
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,6 +153,19 @@ def test_mutated_headers_never_give_pixels_of_another_size(kind: str) -> None:
         assert pixels.dtype == torch.uint8
         decoded += 1
     assert decoded > 50  # the test reaches the decoder
+
+
+@pytest.mark.parametrize("count", [2000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_mutated_pictures_neither_crash_nor_stall_nor_swell(count: int) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("mutated_pictures.py")), str(count), "0"]
+    finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert finished.returncode == 0  # a crash would be negative
+    found = json.loads(finished.stdout)
+    assert found["slowest_s"] < 2
+    assert found["peak_mib"] < 1000
+    assert found["decoded"] + found["undecodable image"] + found["oversized image"] == count
+    assert min(found["decoded"], found["undecodable image"], found["oversized image"]) > count / 100
+    print(finished.stdout)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from encoders import encoder_run, objectives
 from encoders.data.formats import open_samples
-from encoders.data.pairs import Ledger, TrainingPairs, collate, evaluation_set
+from encoders.data.pairs import TrainingPairs, collate, evaluation_set
 from encoders.data.samples import BadSample, Samples
 from encoders.data.tokenizers import FILE as TOKENIZER_FILE
 from encoders.data.tokenizers import CaptionTokenizer
@@ -81,7 +81,7 @@ class PairTask:
         self.dataset: Dataset[dict[str, Any]] = TrainingPairs(
             samples, model.config, tokenizer, model.texts, config["run"]["seed"]
         )
-        self.ledger = Ledger(data.max_bad_fraction)
+        self.max_bad_fraction = data.max_bad_fraction
         # Opened now so that a missing folder is told before hours of training.
         self.held_out = {"val": open_samples(data.val), "test": open_samples(data.test)}
         self.zero_shot = open_sets(data.zero_shot)
