@@ -60,6 +60,10 @@ def test_no_module_is_named_like_a_dependency() -> None:
         (["train/pretrain.py", "--run.stepz", "3"], 2),
         (["train/tune_llava.py", "--stage", "lora"], 2),
         (["train/swap.py", "--help"], 0),
+        (["-m", "encoders.data.index", "--help"], 0),
+        (["-m", "encoders.data.check", "--help"], 0),
+        (["-m", "encoders.data.recaption", "--help"], 0),
+        (["-m", "train.signals", "--help"], 0),
     ],
 )
 def test_help_and_usage_errors_do_not_wait_for_torch(command: list[str], code: int) -> None:

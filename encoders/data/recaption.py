@@ -119,7 +119,7 @@ def shards(samples: "Samples") -> dict[str, range]:
     found: dict[str, range] = {}
     start = 0
     for size in filter(None, samples.sizes.tolist()):
-        name = samples.shard(start)  # type: ignore[attr-defined]
+        name = samples.shard(start)
         before = found.get(name, range(start, start))
         if before.stop != start:  # the parts of a table lie side by side in its file
             raise UsageError(f"two shards are called {name}; caption them from two folders")

@@ -52,6 +52,9 @@ class Samples(Protocol):
     def key(self, index: int) -> str:
         """The sample's name, for reports."""
 
+    def shard(self, index: int) -> str:
+        """The name of the file that it lies in."""
+
     def fetch_ahead(self, shards: np.ndarray) -> None:
         """Start fetching those of these shards that lie elsewhere, in the background."""
 

@@ -116,8 +116,11 @@ class ParquetRows:
     opened is one damaged row."""
 
     def __init__(self, folder: Path, columns: list[str]):
-        import pyarrow
-        import pyarrow.parquet
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError as error:
+            raise UsageError("format parquet needs the extra: pip install 'encoder-swap[tables]'") from error
 
         self.files = sorted(folder.glob("*.parquet")) if folder.is_dir() else []
         if not self.files:
@@ -191,7 +194,7 @@ class DatasetRows:
         try:
             import datasets
         except ImportError as error:
-            raise UsageError("format dataset needs the extra: pip install 'encoder-swap[eval]'") from error
+            raise UsageError("format dataset needs the extra: pip install 'encoder-swap[tables]'") from error
         if not (folder / "dataset_info.json").is_file():
             hint = "; it holds several splits: name one of them" if (folder / "dataset_dict.json").is_file() else ""
             raise DataError(f"{folder} is no folder of Dataset.save_to_disk{hint}")
