@@ -36,7 +36,7 @@ class Run:
         self.optimizer = AdamW(self.model.parameters(), lr=0.1)
         self.accelerator = Accelerator(cpu=True)
         out.mkdir(exist_ok=True)
-        self.ledger = Ledger(out, 1.0, self.accelerator)
+        self.ledger = Ledger(out, 1.0, 100, self.accelerator)
 
     def step(self) -> None:
         self.model(torch.randn(4, self.model[0].in_features)).sum().backward()
@@ -54,7 +54,7 @@ class Run:
         found = checkpoint.newest_for_all(self.out, self.accelerator)
         assert found is not None
         progress = checkpoint.load(found, self.model, self.optimizer, IDENTITY, self.accelerator)
-        self.ledger = Ledger(self.out, 1.0, self.accelerator)
+        self.ledger = Ledger(self.out, 1.0, 100, self.accelerator)
         self.ledger.restore(progress.ledger)
         return progress
 

@@ -13,7 +13,7 @@ from train.ledger import Ledger
 
 
 def ledger(out: Path, share: float = 1.0) -> Ledger:
-    return Ledger(out, share, Accelerator(cpu=True))
+    return Ledger(out, share, 100, Accelerator(cpu=True))
 
 
 def bad(*ids: int, reason: str = "no image") -> list[dict[str, Any]]:

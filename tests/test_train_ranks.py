@@ -62,6 +62,7 @@ def test_a_machine_that_falls_silent_is_named_by_the_others(shards: Path, tmp_pa
     assert status(out) == ("failed", 1)
 
 
+@pytest.mark.slow
 def test_a_stuck_rank_leaves_its_stacks(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     stuck = finish([*torchrun(2, TROUBLED), "stuck", *options(shards, out, "--run.workers=0", "--run.hang_limit=15")])

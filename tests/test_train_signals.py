@@ -107,14 +107,14 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PATH": path, "SLURM_JOB_ID": "7", "log": str(log)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
     [
         {"LAUNCHER": "accelerate", "PROFILE": "cpu", "SLURM_GPUS_ON_NODE": "1", "PORT": "29611"},
-        pytest.param(
-            {"LAUNCHER": "torchrun", "SLURM_GPUS_ON_NODE": "2", "PORT": "29612"}, marks=pytest.mark.slow, id="torchrun"
-        ),
+        {"LAUNCHER": "torchrun", "SLURM_GPUS_ON_NODE": "2", "PORT": "29612"},
     ],
+    ids=lambda launcher: launcher["LAUNCHER"],
 )
 def test_the_slurm_script_queues_a_preempted_run_again(
     launcher: dict[str, str], slurm: dict[str, str], shards: Path, tmp_path: Path

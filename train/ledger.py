@@ -18,14 +18,16 @@ from encoders.errors import DataError
 from train.tracking import tell
 
 BAD_SAMPLES = "bad_samples.jsonl"
-FEWEST = 100  # samples that a share is judged by
+FEWEST = 10_000
+"""A share is judged by at least so many samples, or by the whole of a smaller set."""
 
 
 class Ledger:
     """Every rank holds one and they count alike; the main one writes the file."""
 
-    def __init__(self, out: Path, max_bad_fraction: float, accelerator: Accelerator):
+    def __init__(self, out: Path, max_bad_fraction: float, samples: int, accelerator: Accelerator):
         self.file, self.max_bad_fraction, self.accelerator = out / BAD_SAMPLES, max_bad_fraction, accelerator
+        self.fewest = min(FEWEST, samples)
         self.seen = self.bad = 0
         self.by_reason: Counter[str] = Counter()
         self._mine: list[dict[str, Any]] = []  # not gathered yet
@@ -42,7 +44,7 @@ class Ledger:
         """Count a step of all ranks. Raises DataError, on every rank, above the allowed share of bad samples."""
         self.seen += samples
         self.bad += bad
-        if self.bad > self.max_bad_fraction * max(self.seen, FEWEST):
+        if self.bad > self.max_bad_fraction * max(self.seen, self.fewest):
             self.gather()
             if self.accelerator.is_main_process:
                 self.write()

@@ -5,7 +5,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
@@ -14,6 +13,7 @@ from torch.utils.data import Dataset
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from encoders import manifest
+from encoders.data.order import Shards, Unsharded
 from llava_adapter import data, save, tuning
 from llava_adapter.chat import IGNORED, TEMPLATES, template_of
 from llava_adapter.compose import compose, describe
@@ -82,16 +82,13 @@ class LlavaTask:
         self.data_fingerprint = manifest.fingerprint(config.data.chats)
         dataset = data.ChatDataset(chats, processor, TEMPLATES[template], config.data.max_length)
         self.dataset: Dataset[dict[str, Any]] = _Indexed(dataset)
-        self.shard_sizes = np.array([len(dataset)])
+        self.shards: Shards = Unsharded(len(dataset))
         self.max_bad_fraction = 0.0
         self.before: dict[str, Tensor] = tuning.snapshot(self.model)
 
     def collate(self, examples: list[dict[str, Any]]) -> Batch:
         batch = data.collate(examples, self.processor.tokenizer.pad_token_id)
         return {**batch, "sample_ids": batch["id"], "bad": []}
-
-    def fetch_ahead(self, shards: np.ndarray) -> None:
-        """Nothing: pictures are read from files of this machine."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return tuning.parameter_groups(self.model, self.plan)

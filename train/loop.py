@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from encoders import manifest
-from encoders.data.order import StepOrder
+from encoders.data.order import Shards, StepOrder
 from encoders.errors import ModelError, Preempted
 from train import checkpoint, ranks, sharding
 from train.config import OptimConfig, RunConfig
@@ -57,12 +56,9 @@ class Task(Protocol):
     entries: tuple[str, ...]
     """Methods of `module` beside forward that `step` calls."""
     dataset: Dataset[dict[str, Any]]
-    shard_sizes: np.ndarray
-    """Samples of each part of `dataset` that is best read together, int64."""
+    shards: Shards
+    """How `dataset` lies on its disk."""
     max_bad_fraction: float
-
-    def fetch_ahead(self, shards: np.ndarray) -> None:
-        """Get ready the shards that this rank needs soon."""
 
     def collate(self, examples: list[dict[str, Any]]) -> Batch:
         """Examples -> batch; needs `sample_ids` and `bad` beside the tensors."""
@@ -97,14 +93,15 @@ def train(task: Task, run: RunConfig, optim: OptimConfig, stop: StopRequest, acc
         accelerator.print(f"{run.out} is already finished; nothing to do")
         return
     order = StepOrder(
-        task.shard_sizes,
+        task.shards.sizes,
         run.batch_size,
         run.steps,
         run.seed,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         micro_batches=run.micro_batches,
-        ahead=task.fetch_ahead,
+        window=task.shards.window,
+        ahead=task.shards.fetch_ahead,
     )
     everyone = ranks.register(run.out, accelerator)
     optimizer = build(task.parameter_groups(), optim)
@@ -113,7 +110,7 @@ def train(task: Task, run: RunConfig, optim: OptimConfig, stop: StopRequest, acc
     if plan is not None:
         sharding.enter_by(module, task.entries)
     torch.manual_seed(run.seed + accelerator.process_index)  # ranks draw different dropout masks
-    ledger = Ledger(run.out, task.max_bad_fraction, accelerator)
+    ledger = Ledger(run.out, task.max_bad_fraction, order.samples, accelerator)
     order.start = start = _resume(task, run, optimizer, ledger, accelerator)
     unchecked = start == 0
     if run.tracker:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from encoders import encoder_run, objectives
 from encoders.data.formats import open_samples
+from encoders.data.order import Shards
 from encoders.data.pairs import TrainingPairs, collate, evaluation_set
 from encoders.data.samples import BadSample, Samples
 from encoders.data.tokenizers import FILE as TOKENIZER_FILE
@@ -33,7 +34,8 @@ RANKS_FILE = "retrieval.jsonl"
 
 def pretrain(config: PretrainConfig, accelerator: Accelerator) -> "PairTask":
     """A fresh model of `config.model`. Raises ModelError if the tokenizer's ids exceed the embedding table."""
-    samples = open_samples(config.data.train)
+    with accelerator.main_process_first():  # the first to open the set indexes it
+        samples = open_samples(config.data.train)
     tokenizer = _tokenizer(config, samples, accelerator)
     if tokenizer.size > config.model.text.vocab_size:
         raise ModelError(
@@ -76,7 +78,7 @@ class PairTask:
         self.module: nn.Module = model
         self.entries: tuple[str, ...] = ("encode",)  # cached_step's first pass
         self.data_fingerprint = samples.fingerprint()
-        self.shard_sizes, self.fetch_ahead = samples.sizes, samples.fetch_ahead
+        self.shards: Shards = samples
         self.model, self.tokenizer, self.samples = model, tokenizer, samples
         self.dataset: Dataset[dict[str, Any]] = TrainingPairs(
             samples, model.config, tokenizer, model.texts, config["run"]["seed"]
