@@ -117,7 +117,7 @@ def _run_reference(tower: VisionTower, pixels: Tensor) -> dict[str, Tensor]:
         "hidden_states[-2]": output.hidden_states[-2],
         "last_hidden_state": output.last_hidden_state,
         "pooler_output": output.pooler_output,
-        "image_embeds": tower(pixels)[1],
+        "image_embeds": tower.embed(output.last_hidden_state),
     }
 
 

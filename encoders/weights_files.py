@@ -107,9 +107,11 @@ def refuse_what_can_run(file: Path) -> None:
                 "plain weights (openai/clip-vit-large-patch14, ...)"
             )
         return
+    if start[8:9] == b"{":  # safetensors: a length, which may begin with any byte, and JSON
+        return
     if start.startswith(PICKLE):
         raise ModelError(f"{file} is a bare pickle (or torch's format before 1.6), which can run code; {INSTEAD}")
-    if start.startswith(GZIP) or (start[TAR_PLACE:] == TAR and start[8:9] != b"{"):  # safetensors have a { there
+    if start.startswith(GZIP) or start[TAR_PLACE:] == TAR:
         raise ModelError(f"{file} is a tar or gzip archive (torch's oldest format), which can hold code; {INSTEAD}")
 
 

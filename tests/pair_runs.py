@@ -60,7 +60,7 @@ def finish(command: list[str]) -> subprocess.CompletedProcess[str]:
 def state(out: Path) -> dict[str, str]:
     """sha256 of what must not depend on interruptions: weights, optimizer, ledger and the loss of every step."""
     saved = max((out / "checkpoints").glob("step-*"))
-    files = [*out.glob("*.safetensors"), *out.glob("adapter/*.safetensors")]
+    files = [*out.glob("*.safetensors"), *out.glob("adapter/*.safetensors"), *out.glob("bad_samples.jsonl")]
     files += [saved / name for name in ("model.safetensors", "optimizer.safetensors", "progress.json")]
     found = {str(file.relative_to(out)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from encoders.errors import run_command
-from train import checkpoint, loop, pair_task, sharding, start, status
+from train import checkpoint, loop, pair_task, sharding, signals, start, status
 from train.config import PretrainConfig, parse
 
 
@@ -33,9 +33,9 @@ def main() -> None:
         return saved(*arguments)
 
     checkpoint.save = checked
-    with status.status(config.run, accelerator):
+    with signals.StopRequest() as stop, status.status(config.run, accelerator):
         task = pair_task.pretrain(config, accelerator)
-        loop.train(task, config.run, config.optim, accelerator)
+        loop.train(task, config.run, config.optim, stop, accelerator)
 
 
 def expect_shards(task: pair_task.PairTask, accelerator: Accelerator) -> None:

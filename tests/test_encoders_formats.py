@@ -1,14 +1,17 @@
-"""One sample contract: the same content through every format gives the same tensors in the same order, and what is
-wrong is counted exactly, whatever the format."""
+"""One sample contract: the same content through every format gives every step the same samples and tensors, and what
+is wrong is counted exactly, whatever the format."""
 
+import ast
+import copy
 import csv
 import hashlib
 import io
 import json
+import os
+import re
 import struct
 import tarfile
 import zlib
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,14 +23,17 @@ import pytest
 from pair_shards import add, sample
 from test_encoders_data import CONFIG, texts, tokenizer
 
+from encoders.data import tables
 from encoders.data.formats import open_samples
+from encoders.data.index import FAULTS as FAULTS_OF_TARS
 from encoders.data.order import StepOrder
-from encoders.data.pairs import Ledger, TrainingPairs, collate
+from encoders.data.pairs import TrainingPairs, collate
 from encoders.data.samples import BadSample
 from encoders.data.spec import MAPPINGS, DataSpec, read_columns
 from encoders.errors import DataError, UsageError
 
 Row = dict[str, Any]
+ROOT = Path(__file__).resolve().parent.parent
 MAPPED = {
     "url": "image: [jpg]\njoin: {sample: json.url, table: Image Path}\nweb: web\nshort: short\nlong: long\n",
     "files": "image: file\nkey: key\nweb: web\nshort: short\nlong: long\n",
@@ -133,7 +139,8 @@ def written(name: str, folder: Path, content: list[Row]) -> TrainingPairs:
 
 
 def digest(data: TrainingPairs) -> tuple[str, list[str]]:
-    """sha256 of an epoch's tensors in the order of training, and the keys in that order."""
+    """sha256 of an epoch's tensors step by step, and the keys so. Within a step, whose order follows the shards and so
+    the format, they are sorted."""
     found, keys = hashlib.sha256(), []
     for items in StepOrder(data.samples.sizes, 50, len(data) // 50, 0, rank=0, world=1):
         examples = sorted((data[item] for item in items), key=lambda example: example["sample_id"])
@@ -184,17 +191,17 @@ def test_reported_faults_are_the_injected_ones(name: str, share: float, tmp_path
         content[i][field] = value
         injected[content[i]["key"]] = reason
     data = written(name, tmp_path / "data", content)
-    ledger = Ledger(1.0)
+    seen, bad = 0, []
     for items in StepOrder(data.samples.sizes, 10, 20, 0, rank=0, world=1):
         batch = collate([data[item] for item in items], CONFIG)
         assert len(batch["images"]) == 10
-        ledger.record(batch)
-    assert {report["key"]: report["reason"] for report in ledger.bad} == injected
-    assert len(ledger.bad) == len(injected)
-    assert ledger.seen == 200
-    assert ledger.by_reason() == dict(sorted(Counter(injected.values()).items()))
-    again = data[0, ledger.bad[0]["id"]]["bad"] if ledger.bad else []
-    assert again == ledger.bad[:1]  # the spare is a function of seed, epoch and id
+        seen += len(batch["sample_ids"])
+        bad += batch["bad"]
+    assert {report["key"]: report["reason"] for report in bad} == injected
+    assert len(bad) == len(injected)
+    assert seen == 200
+    again = data[0, bad[0]["id"]]["bad"] if bad else []
+    assert again == bad[:1]  # the spare is a function of seed, epoch and id
 
 
 def test_captions_are_joined_by_content_and_never_by_place(tmp_path: Path) -> None:
@@ -219,7 +226,7 @@ def test_damaged_tables_give_what_is_intact(tmp_path: Path) -> None:
     samples = open_samples(spec)
     assert len(samples) == 101
     assert samples[99].web.endswith("IMG_99")
-    with pytest.raises(BadSample, match=r"b\.parquet: sample '100': damaged row"):
+    with pytest.raises(BadSample, match=r"b\.parquet: sample 'row 100': damaged row"):
         samples[100]
     group = pyarrow.parquet.ParquetFile(io.BytesIO(whole)).metadata.row_group(0).column(1)
     broken = bytearray(whole)
@@ -231,13 +238,102 @@ def test_damaged_tables_give_what_is_intact(tmp_path: Path) -> None:
     with pytest.raises(BadSample, match="damaged row"):
         samples[100]
 
+
+@pytest.mark.parametrize("content", [b'00004,"never closed\n', b'00004,"a"b,w,s,l\n', b"00004,a,w\n"])
+def test_a_broken_row_of_a_csv_costs_no_other(content: bytes, tmp_path: Path) -> None:
     table = as_csv_and_files(tmp_path, rows(9))
     lines = table.path.read_bytes().splitlines(keepends=True)
-    table.path.write_bytes(b"".join([*lines[:5], b'00004,"never closed', *lines[6:]]))
+    table.path.write_bytes(b"".join([*lines[:5], content, *lines[6:]]))
     samples = open_samples(table)
-    assert [samples[i].key for i in range(4)] == ["00000", "00001", "00002", "00003"]
-    with pytest.raises(BadSample, match="damaged row"):
+    found = [samples.key(i) for i in range(len(samples))]
+    assert found == [*(f"{i:05d}" for i in range(4)), "row 4", *(f"{i:05d}" for i in range(5, 9))]
+    assert [samples[i].key for i in range(9) if i != 4] == found[:4] + found[5:]
+    with pytest.raises(BadSample, match="sample 'row 4': damaged row"):
         samples[4]
+
+
+def test_an_empty_csv_and_one_that_changes_in_use_are_told(tmp_path: Path) -> None:
+    spec = as_csv_and_files(tmp_path, rows(9))
+    samples = open_samples(spec)
+    travelled = copy.deepcopy(samples)  # by the protocol of pickle, as to a worker, which opens the file anew
+    content = spec.path.read_bytes()
+    spec.path.write_bytes(content + content.splitlines(keepends=True)[3])
+    for one in (samples, travelled):
+        with pytest.raises(DataError, match=r"table\.csv is not what it was"):
+            one[2]
+    spec.path.write_bytes(b"")
+    with pytest.raises(DataError, match="has no column .*; it has no header"):
+        open_samples(spec)
+
+
+@pytest.mark.parametrize("name", ["csv", "parquet", "dataset", "tar+csv"])
+def test_a_copy_made_later_is_the_same_set(name: str, tmp_path: Path) -> None:
+    spec = FORMATS[name](tmp_path, rows(20))
+    before = open_samples(spec).fingerprint()
+    for file in filter(Path.is_file, tmp_path.rglob("*")):
+        os.utime(file, (10**9, 10**9))
+    assert open_samples(spec).fingerprint() == before
+    (tmp_path / "smaller").mkdir()
+    assert open_samples(FORMATS[name](tmp_path / "smaller", rows(19))).fingerprint() != before
+
+
+def test_row_groups_of_a_window_fit_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 rows in 30 groups, of which a worker keeps ten: an epoch reads each group once, not once for every row."""
+    content = rows(300)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), tmp_path / "a.parquet", row_group_size=10)
+    spec = DataSpec(tmp_path, "parquet", "table")
+    assert open_samples(spec).window == 2**18
+    row = sum(len(str(content[0][name]).encode()) for name in ("key", "web", "short", "long")) + len(
+        content[0]["image"]
+    )
+    monkeypatch.setattr(tables, "GROUPS_BYTES", 100 * row)
+    samples = open_samples(spec)
+    assert 30 < samples.window < 60
+    opened: list[int] = []
+    read = pyarrow.parquet.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pyarrow.parquet.ParquetFile, "read_row_group", lambda file, i, **o: opened.append(i) or read(file, i, **o)
+    )
+    for items in StepOrder(samples.sizes, 10, 30, 0, rank=0, world=1, window=samples.window):
+        for _, index in items:
+            samples[index]
+    assert sorted(opened) == list(range(30))
+
+
+def test_a_bad_sample_can_be_sent_to_another_process() -> None:
+    error = BadSample("no image", "0.tar", "k", "found None")
+    sent = copy.copy(error)  # by the protocol of pickle
+    assert str(sent) == str(error) == "0.tar: sample 'k': no image (found None)"
+    assert (sent.reason, sent.shard, sent.key, sent.detail) == ("no image", "0.tar", "k", "found None")
+
+
+def test_every_reason_is_in_the_table_of_the_docs() -> None:
+    section = (ROOT / "docs" / "data.md").read_text().partition("## Bad samples")[2].partition("\n## ")[0]
+    table = [line.split(" | ")[0] for line in section.splitlines() if line.startswith("| `")]
+    documented = set(re.findall(r"`([a-z ]+)`", "".join(table)))
+    raised: set[str] = set(FAULTS_OF_TARS) - {""}
+    for file in (ROOT / "encoders").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "BadSample":
+                raised |= patterns(node.args[0])
+            elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "reason":
+                raised |= patterns(node.value)
+    for reason in raised:
+        assert any(re.fullmatch(reason, one) for one in documented), reason
+    for one in documented:
+        assert any(re.fullmatch(reason, one) for reason in raised), one
+
+
+def patterns(reason: ast.expr) -> set[str]:
+    """Of an expression that gives a reason; a variable gives none."""
+    match reason:
+        case ast.Constant():
+            return {reason.value}
+        case ast.JoinedStr():
+            return {"".join(part.value if isinstance(part, ast.Constant) else r"[\w.]+" for part in reason.values)}
+        case ast.IfExp():
+            return patterns(reason.body) | patterns(reason.orelse)
+    return set()
 
 
 def test_image_paths_stay_in_their_folder(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ import pytest
 from pair_shards import add, write_shards
 
 from encoders.data import index as index_module
-from encoders.data.index import SetIndex, index_folder, scan, split_name
+from encoders.data.index import SetIndex, index_folder, load_arrays, save_arrays, scan, split_name
+from encoders.data.remote import index_urls
 from encoders.data.samples import BadSample
 from encoders.data.shards import TarSamples
 from encoders.data.tar_headers import members
@@ -63,6 +65,28 @@ def test_keys_are_split_as_webdataset_splits_them() -> None:
     assert {name: split_name(name) for name in names} == names
 
 
+def test_what_webdataset_leaves_out_is_left_out() -> None:
+    hidden = [name for i in range(3) for name in (f"._{i}.jpg", f"{i}.jpg", f"._{i}.json", f"{i}.json")]
+    names = [*hidden, "README", ".DS_Store", "x/.y.json", "x/y", "x/__k.json", "z.w.txt"]
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name in names:
+            add(tar, name, b"{}")
+        add(tar, "._cut.json", bytes(600))
+    content = stream.getvalue()
+    found = scan(io.BytesIO(content), len(content))
+    keys = ["0", "1", "2", "x/__k", "z"]
+    assert [found.key(i) for i in range(len(found))] == keys
+    assert not any(found.fault(i) for i in range(len(found)))
+    cut = content[: content.index(bytes(600)) + 10]
+    damaged = scan(io.BytesIO(cut), len(cut))
+    assert [damaged.fault(i) for i in range(len(damaged))] == ["", "", "", "", "damaged tar"]
+    tariterators = pytest.importorskip("webdataset.tariterators")
+    files = ({**file, "__url__": ""} for file in tariterators.tar_file_iterator(io.BytesIO(content)))
+    theirs = [sample["__key__"] for sample in tariterators.group_by_keys(files)]
+    assert [key for key in theirs if key != "x/"] == keys  # x/.y.json: a sample of theirs, hidden for us
+
+
 def test_headers_are_read_once_and_again_for_what_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_shards(tmp_path / "shards", 30, shards=3)
     scanned: list[int] = []
@@ -75,21 +99,54 @@ def test_headers_are_read_once_and_again_for_what_has_changed(tmp_path: Path, mo
     assert again.fingerprint() == first.fingerprint()
     assert len(scanned) == 3
     os.utime(folder / "00001.tar", ns=(1, 1))
-    touched = TarSamples(folder)
+    assert TarSamples(folder).fingerprint() == first.fingerprint()  # a copy of the set may resume a run
     assert len(scanned) == 4
-    assert touched.fingerprint() != first.fingerprint()
     (folder / "00002.tar").unlink()
     assert len(TarSamples(folder)) == 20
+    assert TarSamples(folder).fingerprint() != first.fingerprint()
     (folder / ".index" / "00000.tar.npz").write_bytes(b"not an index")
     (folder / ".index" / "shards.npz").write_bytes(b"PK\x03\x04 neither")
     assert TarSamples(folder)[3] == everything[3]
 
 
+def test_an_index_with_any_bit_flipped_is_read_or_made_again(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", 4, shards=1)
+    everything = TarSamples(folder)[3]
+    rng = random.Random(0)
+    for file in sorted((folder / ".index").iterdir()):
+        whole = file.read_bytes()
+        for _ in range(150):
+            damaged = bytearray(whole)
+            for _ in range(rng.randint(1, 3)):
+                damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+            file.write_bytes(damaged)
+            assert TarSamples(folder)[3] == everything
+    save_arrays(folder / ".index" / "shards.npz", {"names": np.zeros(3)})  # of another program
+    assert TarSamples(folder)[3] == everything
+
+
+def test_indices_are_written_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 7)  # as on two machines
+    arrays = {"a": np.arange(200_000)}
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: save_arrays(tmp_path / "a.npz", arrays), range(40)))
+    found = load_arrays(tmp_path / "a.npz", {"a"})
+    assert found is not None
+    assert (found["a"] == arrays["a"]).all()
+    assert [file.name for file in tmp_path.iterdir()] == ["a.npz"]
+
+
 def test_a_shard_that_changes_while_in_use_is_refused(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "shards", 10, shards=1)
     samples = TarSamples(folder)
+    index_urls([str(folder)], iter).save(tmp_path / "list.npz")
     os.utime(folder / "00000.tar", ns=(1, 1))
-    with pytest.raises(DataError, match=r"00000\.tar is not what it was when it was indexed"):
+    with pytest.raises(DataError, match=r"00000\.tar is not what it was when it was indexed; start again"):
+        samples[0]
+    with pytest.raises(DataError, match=r"not what it was when it was indexed; write .*list\.npz again with"):
+        TarSamples(tmp_path / "list.npz")[0]
+    (folder / "00000.tar").unlink()
+    with pytest.raises(DataError, match=r"00000\.tar is gone since it was indexed"):
         samples[0]
 
 
@@ -107,11 +164,16 @@ def test_a_folder_that_cannot_be_written_to_is_indexed_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_shards(tmp_path / "shards", 4)
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    locked = [folder]
+    monkeypatch.setattr(os, "access", lambda path, mode: path not in locked)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     assert len(index_folder(folder, None)) == 2
     assert not (folder / ".index").exists()
     assert list((tmp_path / "home").rglob("shards.npz"))
+    locked[:] = [folder / ".index"]  # somebody else's
+    (folder / ".index").mkdir()
+    assert len(index_folder(folder, None)) == 2
+    assert not list((folder / ".index").iterdir())
 
 
 def bad_ones(samples: TarSamples) -> dict[str, str]:
@@ -149,8 +211,10 @@ def test_what_lies_behind_an_end_marker_is_not_lost_unseen(tmp_path: Path) -> No
     whole = (folder / "00000.tar").read_bytes()
     (folder / "00000.tar").write_bytes(whole + whole)
     assert bad_ones(TarSamples(folder)) == {"after 00005": "damaged tar"}
-    (folder / "00000.tar").write_bytes(whole + bytes(2**21))
+    (folder / "00000.tar").write_bytes(whole + bytes(2**16))
     assert bad_ones(TarSamples(folder)) == {"after 00005": "damaged tar"}
+    (folder / "00000.tar").write_bytes(whole + bytes(2**15))
+    assert not bad_ones(TarSamples(folder))
     (folder / "00000.tar").write_bytes(b"<html>no tar</html>" * 100)
     assert bad_ones(TarSamples(folder)) == {"at its start": "damaged tar"}
 
@@ -191,6 +255,20 @@ def test_nothing_in_a_tar_is_run_or_unpickled(tmp_path: Path) -> None:
     assert bad_ones(TarSamples(tmp_path / "shards")) == {"a": "unreadable json", "../../escape": "no web caption"}
     assert not canary.exists()
     assert not (tmp_path.parent / "escape.json").exists()
+
+
+def test_hostile_pax_records_do_not_hold_the_indexer() -> None:
+    def tar(records: bytes) -> bytes:
+        info, picture = tarfile.TarInfo("x"), tarfile.TarInfo("a.jpg")
+        info.type, info.size, picture.size = tarfile.XHDTYPE, len(records), 512
+        return info.tobuf() + records + bytes(-len(records) % 512) + picture.tobuf() + bytes(1536)
+
+    most = tar(b"6 a=b\n" * (2**16 // 6 - 2) + b"16 path=new.jpg\n")
+    began = time.process_time()
+    for _ in range(10):
+        assert scan(io.BytesIO(most), len(most)).key(0) == "new"
+    assert time.process_time() - began < 2
+    assert "an extended header of 65538 bytes" in scan(io.BytesIO(tar(b"6 a=b\n" * 10923)), 2**21).damage
 
 
 def mutated(whole: bytes, rng: random.Random) -> bytes:

@@ -4,11 +4,14 @@ import pickle
 import time
 import tracemalloc
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from encoders.data.index import SetIndex
 from encoders.data.order import StepOrder
+from encoders.data.shards import TarSamples
 from encoders.errors import UsageError
 
 Item = tuple[int, int]
@@ -103,16 +106,20 @@ def test_impossible_orders_are_refused() -> None:
         order(50, 1, batch=10, world=4)
 
 
-def test_a_billion_samples_in_a_million_shards_are_planned_in_little_time_and_memory() -> None:
+def test_a_billion_samples_in_a_million_shards_are_planned_in_little_time_and_memory(tmp_path: Path) -> None:
     sizes = np.random.default_rng(0).integers(800, 1201, size=10**6)
+    names = [f"s3://bucket/data/{shard // 1000:05d}/{shard:08d}.tar" for shard in range(10**6)]
+    SetIndex.of("", names, np.stack([sizes * 100_000, -sizes, sizes], axis=1)).save(tmp_path / "list.npz")
     tracemalloc.start()
     began = time.process_time()
-    plan = order(sizes, 10**6, 3, 64, batch=2**15)
+    samples = TarSamples(tmp_path / "list.npz")
+    plan = order(samples.sizes, 10**6, 3, 64, batch=2**15)
     plan.start = 765_432
     first = next(iter(plan))
     seconds, (_, peak) = time.process_time() - began, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(first) == 512
+    assert samples.index.name(987_654) == names[987_654]
     assert seconds < 10
-    assert peak < 100 * 2**20
-    assert len(pickle.dumps(plan)) < 100 * 2**20
+    assert peak < 100 * 10**6
+    assert len(pickle.dumps((samples, plan))) < 100 * 10**6

@@ -16,7 +16,9 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
+import numpy as np
 import pytest
 from pair_shards import add, sample, write_shards
 from PIL import Image
@@ -24,7 +26,7 @@ from PIL import Image
 from encoders.data import recaption, recaption_backends
 from encoders.data.caption_files import CaptionFile, Entry, read
 from encoders.data.formats import open_samples
-from encoders.data.recaption import PROMPTS, CaptionsMissing, judge, main
+from encoders.data.recaption import PROMPTS, CaptionsMissing, judge, main, shards
 from encoders.data.recaption_backends import Answer, Question
 from encoders.errors import DataError, ModelError, UsageError
 
@@ -247,6 +249,39 @@ def test_a_file_of_other_questions_is_not_mixed_in(tmp_path: Path, server: Loopb
     with CaptionFile(samples, "00000.tar", range(4), folder, "tiny", asked_of):
         with pytest.raises(UsageError, match="being written by another process"):
             ask(folder, server)
+
+
+def test_odd_keys_and_rows_that_cannot_be_read_are_captioned_and_kept_apart(tmp_path: Path, server: Loopback) -> None:
+    keys = [b"a.b", b"a_b", b"a%2Eb", b"http://x/1.jpg/", b"caf\xe9", b"\xc3\xbc", b"../up", b"", b"k,a,row,too,long"]
+    lines = [b"key,file,web,short,long", *(b"%s,%d.jpg,w,s,l" % (key, i) for i, key in enumerate(keys))]
+    (tmp_path / "table.csv").write_bytes(b"\n".join(lines))
+    for i in range(len(keys)):
+        (tmp_path / f"{i}.jpg").write_bytes(picture(i))
+    (tmp_path / "files.yaml").write_text("image: file\nkey: key\nweb: web\nshort: short\nlong: long\n")
+    data = [str(tmp_path / "table.csv"), "--format", "csv", "--mapping", str(tmp_path / "files.yaml")]
+    data += ["--images", str(tmp_path), "--captioner", "tiny", "--out", str(tmp_path / "captions"), "--allow-missing"]
+    main([*data, "--server", server.url, "--served-model", "tiny"])
+    found = read(tmp_path / "captions" / "table.csv.tiny.jsonl")[1]
+    expected = ["a.b", "a_b", "a%2Eb", "http://x/1.jpg/", "caf\\udce9", "\u00fc", "../up", "row 7", "row 8"]
+    assert [key for key, kind in found if kind == "short"] == expected
+    assert {entry.problem for (key, _), entry in found.items() if key != "row 8"} == {""}
+    assert found["row 8", "long"].problem == "damaged row"
+    main([*data, "--merge", str(tmp_path / "new")])
+    merged = open_samples(tmp_path / "new")
+    assert [unquote(merged.key(i)) for i in range(len(merged))] == expected[:-1]
+    assert [merged[i].short["tiny"] for i in range(len(merged))] == [f"short of {i}." for i in range(8)]
+
+
+def test_shards_of_one_name_are_refused_unless_they_are_parts_of_a_table() -> None:
+    class Parts:
+        sizes = np.array([2, 0, 3])
+
+        def shard(self, index: int) -> str:
+            return "0.parquet"
+
+    assert shards(Parts(), "parquet") == {"0.parquet": range(5)}
+    with pytest.raises(UsageError, match=r"two shards are called 0\.parquet"):
+        shards(Parts(), "tar")
 
 
 def test_merged_tars_hold_old_and_new_captions(tmp_path: Path, server: Loopback) -> None:

@@ -53,6 +53,8 @@ def test_no_module_is_named_like_a_dependency() -> None:
     [
         (["-m", "encoders.export", "--help"], 0),
         (["-m", "encoders.export"], 2),
+        (["-m", "encoders.inspection", "--help"], 0),
+        (["-m", "llava_adapter.publish", "--help"], 0),
         (["-m", "eval.run", "--help"], 0),
         (["-m", "eval.compare", "--help"], 0),
         (["-m", "eval.zero_shot_run", "--help"], 0),
@@ -60,6 +62,10 @@ def test_no_module_is_named_like_a_dependency() -> None:
         (["train/pretrain.py", "--run.stepz", "3"], 2),
         (["train/tune_llava.py", "--stage", "lora"], 2),
         (["train/swap.py", "--help"], 0),
+        (["-m", "encoders.data.index", "--help"], 0),
+        (["-m", "encoders.data.check", "--help"], 0),
+        (["-m", "encoders.data.recaption", "--help"], 0),
+        (["-m", "train.signals", "--help"], 0),
     ],
 )
 def test_help_and_usage_errors_do_not_wait_for_torch(command: list[str], code: int) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import random
 import resource
@@ -20,6 +21,7 @@ from encoders import manifest
 from encoders.errors import DataError, UsageError
 from train import checkpoint, random_state
 from train.checkpoint import Progress
+from train.ledger import Ledger
 
 IDENTITY = {"optim": {"lr": 0.1}, "data_fingerprint": "a"}
 
@@ -34,6 +36,7 @@ class Run:
         self.optimizer = AdamW(self.model.parameters(), lr=0.1)
         self.accelerator = Accelerator(cpu=True)
         out.mkdir(exist_ok=True)
+        self.ledger = Ledger(out, 1.0, 100, self.accelerator)
 
     def step(self) -> None:
         self.model(torch.randn(4, self.model[0].in_features)).sum().backward()
@@ -41,13 +44,23 @@ class Run:
         self.optimizer.zero_grad()
 
     def save(self, step: int, keep: int = 2) -> bool:
-        progress = Progress(step, {"seen": step * 4, "bad": []})
-        return checkpoint.save(self.out, progress, self.model, self.optimizer, IDENTITY, keep, self.accelerator)
+        self.ledger.count(4, self.ledger.note(step, [{"bad": [{"id": step, "reason": "no image"}]}]))
+        self.ledger.gather()
+        return checkpoint.save(
+            self.out, step, self.ledger, self.model, self.optimizer, IDENTITY, keep, self.accelerator
+        )
 
     def load(self) -> Progress:
         found = checkpoint.newest_for_all(self.out, self.accelerator)
         assert found is not None
-        return checkpoint.load(found, self.model, self.optimizer, IDENTITY, self.accelerator)
+        progress = checkpoint.load(found, self.model, self.optimizer, IDENTITY, self.accelerator)
+        self.ledger = Ledger(self.out, 1.0, 100, self.accelerator)
+        self.ledger.restore(progress.ledger)
+        return progress
+
+    def reported(self) -> list[int]:
+        """Steps whose reports the file holds."""
+        return [json.loads(line)["step"] for line in (self.out / "bad_samples.jsonl").read_text().splitlines()]
 
     def weights(self) -> list[torch.Tensor]:
         parameters = list(self.model.parameters())
@@ -79,7 +92,8 @@ def test_what_is_saved_comes_back_with_every_random_state(run: Run) -> None:
     first = draws()
     run.step()
     other = Run(run.out.parent / "run")  # has no optimizer state yet
-    assert other.load() == Progress(1, {"seen": 4, "bad": []})
+    assert other.load() == Progress(1, run.ledger.state())
+    assert (other.ledger.seen, other.ledger.bad, dict(other.ledger.by_reason)) == (4, 1, {"no image": 1})
     assert all(a.equal(b) for a, b in zip(expected, other.weights(), strict=True))
     assert draws() == first
     before = random_state.capture()
@@ -146,13 +160,16 @@ def test_a_full_disk_loses_nothing(sixteenth: int, run: Run) -> None:
     with file_size_limit(largest_file(run.out) * sixteenth // 16):
         assert not run.save(2)
     assert names(run.out) == ["step-00000001"]
+    assert run.reported() in ([1], [1, 2])
     later = run.weights()
     assert run.load().step == 1
+    assert run.reported() == [1]
     assert all(a.equal(b) for a, b in zip(expected, run.weights(), strict=True))
     run.step()
     assert all(a.equal(b) for a, b in zip(later, run.weights(), strict=True))  # the lost step, taken again
     assert run.save(3)
     assert run.load().step == 3
+    assert run.reported() == [1, 3]
 
 
 def test_a_write_that_fails_only_when_it_is_synced_counts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

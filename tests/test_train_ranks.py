@@ -1,15 +1,18 @@
 """Ranks that die, get stuck or cannot share the data: the job ends soon, and says which rank and why."""
 
 import json
+import math
 import os
 import random
 import signal
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
-from pair_runs import ROOT, finish, options, status, torchrun, write_pairs
+from pair_runs import ROOT, back_to, finish, options, status, torchrun, write_pairs
 
 from encoders.data.order import StepOrder
 from encoders.errors import UsageError
@@ -59,6 +62,7 @@ def test_a_machine_that_falls_silent_is_named_by_the_others(shards: Path, tmp_pa
     assert status(out) == ("failed", 1)
 
 
+@pytest.mark.slow
 def test_a_stuck_rank_leaves_its_stacks(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     stuck = finish([*torchrun(2, TROUBLED), "stuck", *options(shards, out, "--run.workers=0", "--run.hang_limit=15")])
@@ -75,19 +79,22 @@ def test_three_hundred_set_ups_share_the_data_or_are_refused_with_the_arithmetic
     rng = random.Random(0)
     refused = 0
     for _ in range(300):
-        samples, batch, steps = rng.randrange(1, 200), rng.randrange(1, 40), rng.randrange(1, 12)
+        shards = np.array([rng.randrange(40) for _ in range(rng.randrange(1, 9))])
         worlds = rng.randrange(1, 9), rng.randrange(1, 9)
-        micro, seed = rng.randrange(1, 4), rng.randrange(5)
+        micro, steps, seed, window = rng.randrange(1, 4), rng.randrange(1, 12), rng.randrange(5), rng.randrange(1, 90)
+        # Two of three are possible, unless the samples do not suffice.
+        batch = math.lcm(*worlds) * micro if rng.randrange(3) else rng.randrange(1, 40)
         change = rng.randrange(steps + 1)
 
         def order(rank: int, world: int) -> StepOrder:
-            return StepOrder(samples, batch, steps, seed, rank=rank, world=world, micro_batches=micro)  # noqa: B023
+            sizes = {"rank": rank, "world": world, "micro_batches": micro, "window": window}  # noqa: B023
+            return StepOrder(shards, batch, steps, seed, **sizes)  # noqa: B023
 
         try:
             parts = [[order(rank, world) for rank in range(world)] for world in worlds]
         except UsageError as error:
             refused += 1
-            impossible = samples < batch or any(batch % (world * micro) for world in worlds)
+            impossible = shards.sum() < batch or any(batch % (world * micro) for world in worlds)
             if impossible and str(batch) in str(error):
                 continue
             raise
@@ -99,11 +106,35 @@ def test_three_hundred_set_ups_share_the_data_or_are_refused_with_the_arithmetic
                 for step in range(begin, end):
                     for _ in range(micro):
                         seen[step] += next(batches)
-        whole = iter(StepOrder(samples, batch, steps, seed, rank=0, world=1))
+        whole = iter(StepOrder(shards, batch, steps, seed, rank=0, world=1, window=window))
         assert all(sorted(step) == sorted(next(whole)) for step in seen)
         drawn = [item for step in seen for item in step]
         assert len(set(drawn)) == len(drawn) == steps * batch  # no sample twice in an epoch
     assert 50 < refused < 250
+
+
+def test_ranks_and_workers_may_change_across_a_resume(shards: Path, tmp_path: Path) -> None:
+    """1 -> 2 ranks, 0 -> 3 workers: every good sample once an epoch, and the spares are those that are listed."""
+    out, script = tmp_path / "run", ROOT / "tests" / "traced_ranks.py"
+    seen: list[int] = []
+    for world, workers, steps in ((1, 0, range(10)), (2, 3, range(10, 15))):
+        folder = tmp_path / f"trace-{world}"
+        folder.mkdir()
+        settings = ("--run.steps=15", "--run.eval_every=0", f"--run.workers={workers}", *["--resume"][: world - 1])
+        done = finish([*torchrun(world, script), str(folder), *options(shards, out, *settings)])
+        assert done.returncode == 0, done.stderr[-3000:]
+        traces = [file.read_text().splitlines() for file in folder.iterdir()]
+        assert len(traces) == world
+        for trace in traces:
+            seen += [i for line in trace[: len(steps)] for i in json.loads(line)]
+        if world == 1:
+            back_to(out, 10)
+    reports = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
+    assert [(report["key"], report["epoch"]) for report in reports] == [("00007", epoch) for epoch in range(4)]
+    uses = Counter(seen)
+    uses.subtract(report["spare_id"] for report in reports)
+    bad = {report["id"] for report in reports}
+    assert {i: uses[i] for i in range(60)} == {i: 0 if i in bad else 4 for i in range(60)}  # 15 x 16 samples: 4 epochs
 
 
 @pytest.mark.slow

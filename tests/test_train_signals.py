@@ -14,7 +14,7 @@ from pair_runs import ROOT, STEPS, accelerate, finish, options, state, status, t
 from train import ranks
 from train.signals import StopRequest
 
-LATE_SAVE = ("--run.save_every=100",)  # so that a checkpoint before the end is the signal's
+LATE_SAVE = ("--run.save_every=100000",)  # so that a checkpoint before the end is the signal's
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +80,14 @@ def test_all_ranks_leave_together_when_one_is_asked(shards: Path, tmp_path: Path
 def test_a_command_asks_the_ranks_of_a_run(shards: Path, tmp_path: Path) -> None:
     """As the SLURM script does: accelerate's launcher would not pass the signal on."""
     out = tmp_path / "run"
-    process = start_and_wait([*accelerate(), *options(shards, out, *LATE_SAVE)], out, 4)
+    process = start_and_wait([*accelerate(), *options(shards, out, "--run.steps=100000", *LATE_SAVE)], out, 4)
     asked = finish([sys.executable, "-m", "train.signals", str(out)])
     assert "asked 1 rank(s)" in asked.stdout, asked.stderr
     process.communicate(timeout=60)
     assert status(out) == ("preempted", 75)
     again = finish([sys.executable, "-m", "train.signals", str(out)])
-    assert "asked 0 rank(s)" in again.stdout
+    assert again.returncode == 3
+    assert "runs on this machine" in again.stderr
     nothing = finish([sys.executable, "-m", "train.signals", str(tmp_path)])
     assert nothing.returncode == 3
 
@@ -106,20 +107,21 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PATH": path, "SLURM_JOB_ID": "7", "log": str(log)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
     [
         {"LAUNCHER": "accelerate", "PROFILE": "cpu", "SLURM_GPUS_ON_NODE": "1", "PORT": "29611"},
-        pytest.param(
-            {"LAUNCHER": "torchrun", "SLURM_GPUS_ON_NODE": "2", "PORT": "29612"}, marks=pytest.mark.slow, id="torchrun"
-        ),
+        {"LAUNCHER": "torchrun", "SLURM_GPUS_ON_NODE": "2", "PORT": "29612"},
     ],
+    ids=lambda launcher: launcher["LAUNCHER"],
 )
 def test_the_slurm_script_queues_a_preempted_run_again(
     launcher: dict[str, str], slurm: dict[str, str], shards: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    script = ["bash", "train/profiles/slurm.sh", str(out), "train/pretrain.py", *options(shards, out, *LATE_SAVE)]
+    settings = options(shards, out, "--run.steps=300", *LATE_SAVE)
+    script = ["bash", "train/profiles/slurm.sh", str(out), "train/pretrain.py", *settings]
     env = slurm | launcher
     process = subprocess.Popen(script, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while steps_logged(out) < 4:

@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from encoders.errors import run_command
-from train import loop, pair_task, start, status, watchdog
+from train import loop, pair_task, signals, start, status, watchdog
 from train.config import PretrainConfig, parse
 
 RANK = int(os.environ["RANK"])
@@ -26,11 +26,11 @@ def main() -> None:
         watchdog.SILENT_AFTER = 4.0
     start.prepare_folder(config.run)
     accelerator = start.build_accelerator(config.run)
-    with status.status(config.run, accelerator):
+    with signals.StopRequest() as stop, status.status(config.run, accelerator):
         task = pair_task.pretrain(config, accelerator)
         if RANK == 1:
             task.dataset = Troubled(task.dataset, trouble)
-        loop.train(task, config.run, config.optim, accelerator)
+        loop.train(task, config.run, config.optim, stop, accelerator)
 
 
 class Troubled:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from encoders import manifest
 from encoders.errors import DataError, UsageError
 from train import random_state, training_state
 from train.config import FREE_RUN_KEYS
+from train.ledger import Ledger
 from train.tracking import tell
 
 FOLDER = "checkpoints"
@@ -36,7 +37,7 @@ SLACK = 2**20  # bytes beside the tensors: random states, ledger, manifest
 
 @dataclass
 class Progress:
-    """Where a run stands: optimizer steps done, and the ledger of the samples seen."""
+    """Where a run stands: optimizer steps done, and the state of its ledger."""
 
     step: int
     ledger: dict[str, Any]
@@ -44,19 +45,20 @@ class Progress:
 
 def save(
     out: Path,
-    progress: Progress,
+    step: int,
+    ledger: Ledger,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     identity: dict[str, Any],
     keep: int,
     accelerator: Accelerator,
 ) -> bool:
-    """Write checkpoint `step`, then prune all but the newest `keep`. Every rank must call it.
+    """Write checkpoint `step`, then prune all but the newest `keep`. Every rank must call it, with its ledger gathered.
 
     Returns False, with a warning, if it could not be written (a full disk, say): what was there before is untouched.
     """
     folder = out / FOLDER
-    final = folder / f"step-{progress.step:08d}"
+    final = folder / f"step-{step:08d}"
     aside = folder / f".{final.name}{PARTIAL}"
     main = accelerator.is_main_process
 
@@ -68,12 +70,13 @@ def save(
         if free < needed:
             raise OSError(errno.ENOSPC, f"needs {needed / 2**20:.1f} MiB but only {free / 2**20:.1f} MiB are free")
         aside.mkdir()
+        ledger.write()
 
     def write_random_state() -> None:
         save_file(random_state.capture(), aside / f"random-{accelerator.process_index:05d}.safetensors")
 
     def seal() -> None:
-        manifest.write_json(aside / "progress.json", vars(progress))
+        manifest.write_json(aside / "progress.json", asdict(Progress(step, ledger.state())))
         manifest.seal(aside, "checkpoint", identity)
         manifest.write_json(aside / SEAL, manifest.fingerprint(aside / manifest.MANIFEST))
         if final.exists():  # a damaged checkpoint that the resume passed over

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from encoders import manifest
-from encoders.data.pairs import Ledger
+from encoders.data.order import Shards, Unsharded
 from llava_adapter import data, save, tuning
 from llava_adapter.chat import IGNORED, TEMPLATES, template_of
 from llava_adapter.compose import compose, describe
@@ -82,7 +82,8 @@ class LlavaTask:
         self.data_fingerprint = manifest.fingerprint(config.data.chats)
         dataset = data.ChatDataset(chats, processor, TEMPLATES[template], config.data.max_length)
         self.dataset: Dataset[dict[str, Any]] = _Indexed(dataset)
-        self.ledger = Ledger(max_bad_fraction=0)
+        self.shards: Shards = Unsharded(len(dataset))
+        self.max_bad_fraction = 0.0
         self.before: dict[str, Tensor] = tuning.snapshot(self.model)
 
     def collate(self, examples: list[dict[str, Any]]) -> Batch:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from encoders import manifest
-from encoders.data.order import StepOrder
-from encoders.data.pairs import Ledger
+from encoders.data.order import Shards, StepOrder
 from encoders.errors import ModelError, Preempted
 from train import checkpoint, ranks, sharding
 from train.config import OptimConfig, RunConfig
+from train.ledger import BAD_SAMPLES, Ledger
 from train.optim import build, set_learning_rate
 from train.signals import StopRequest, leave_to_parent
 from train.status import STATUS
@@ -33,7 +33,7 @@ from train.watchdog import STACKS, Watchdog
 Batch = dict[str, Any]
 NON_FINITE = "non_finite.json"
 # Of the run, not of the artifact that it ends as.
-RECORDS = (checkpoint.FOLDER, METRICS, STATUS, ranks.RANKS, STACKS, NON_FINITE, "tracker")
+RECORDS = (checkpoint.FOLDER, METRICS, STATUS, BAD_SAMPLES, ranks.RANKS, STACKS, NON_FINITE, "tracker")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ class Task(Protocol):
     entries: tuple[str, ...]
     """Methods of `module` beside forward that `step` calls."""
     dataset: Dataset[dict[str, Any]]
-    ledger: Ledger
+    shards: Shards
+    """How `dataset` lies on its disk."""
+    max_bad_fraction: float
 
     def collate(self, examples: list[dict[str, Any]]) -> Batch:
         """Examples -> batch; needs `sample_ids` and `bad` beside the tensors."""
@@ -81,7 +83,7 @@ class Task(Protocol):
         """Write the finished model's files; called on the main process."""
 
 
-def train(task: Task, run: RunConfig, optim: OptimConfig, accelerator: Accelerator) -> None:
+def train(task: Task, run: RunConfig, optim: OptimConfig, stop: StopRequest, accelerator: Accelerator) -> None:
     """Run the task to its last step and seal `run.out` as the artifact it makes.
 
     Raises Preempted, with a checkpoint written, once any rank was asked to stop; UsageError if `out` holds another run.
@@ -91,13 +93,15 @@ def train(task: Task, run: RunConfig, optim: OptimConfig, accelerator: Accelerat
         accelerator.print(f"{run.out} is already finished; nothing to do")
         return
     order = StepOrder(
-        len(task.dataset),  # type: ignore[arg-type]
+        task.shards.sizes,
         run.batch_size,
         run.steps,
         run.seed,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         micro_batches=run.micro_batches,
+        window=task.shards.window,
+        ahead=task.shards.fetch_ahead,
     )
     everyone = ranks.register(run.out, accelerator)
     optimizer = build(task.parameter_groups(), optim)
@@ -106,28 +110,28 @@ def train(task: Task, run: RunConfig, optim: OptimConfig, accelerator: Accelerat
     if plan is not None:
         sharding.enter_by(module, task.entries)
     torch.manual_seed(run.seed + accelerator.process_index)  # ranks draw different dropout masks
-    progress = _resume(task, run, optimizer, accelerator)
-    order.start = progress.step
-    unchecked = progress.step == 0
+    ledger = Ledger(run.out, task.max_bad_fraction, order.samples, accelerator)
+    order.start = start = _resume(task, run, optimizer, ledger, accelerator)
+    unchecked = start == 0
     if run.tracker:
         accelerator.init_trackers("encoder-swap", config=_flat_for_tracker(task.config))
 
-    tracker = Tracker(run.out, task.name, run.steps, progress.step, accelerator)
+    tracker = Tracker(run.out, task.name, run.steps, start, accelerator)
     watchdog = Watchdog(run.out, everyone, run.hang_limit, accelerator)
     batches = _batches(task, order, run, accelerator.device)
-    with StopRequest() as stop, watchdog, tracker, closing(batches):
+    with watchdog, tracker, closing(batches):
         clock = Clock(run.batch_size)
-        for step in range(progress.step, run.steps):
+        for step in range(start, run.steps):
             watchdog.beat(f"waiting for the data of step {step + 1}")
             with clock.waiting():
                 micro_batches = [next(batches) for _ in range(run.micro_batches)]
             watchdog.beat(f"computing step {step + 1}")
-            for batch in micro_batches:
-                task.ledger.record(batch)
+            new_bad = ledger.note(step + 1, micro_batches)
             rate = set_learning_rate(optimizer, step, run.steps, optim.warmup_steps)
             figures = task.step(module, micro_batches, accelerator)
-            loss, leave = _agree(figures["loss"], stop, accelerator)
+            loss, leave, new_bad = _agree(figures["loss"], stop, new_bad, accelerator)
             _refuse_non_finite(loss, figures["loss"], step, micro_batches, run.out, accelerator)
+            ledger.count(run.batch_size, new_bad)
             if optim.clip_norm is not None:
                 accelerator.clip_grad_norm_(module.parameters(), optim.clip_norm)
             optimizer.step()
@@ -142,20 +146,22 @@ def train(task: Task, run: RunConfig, optim: OptimConfig, accelerator: Accelerat
             tracker.show(done, {"loss": loss, "samples/s": clock.rate, "data wait %": 100 * clock.wait_share})
             if done % run.log_every == 0 or done == run.steps:
                 means = {name: float(accelerator.reduce(value, "mean")) for name, value in figures.items()}
-                tracker.log(done, {**means, "lr": rate, "samples_per_s": clock.rate, "bad": len(task.ledger.bad)})
+                tracker.log(done, {**means, "lr": rate, "samples_per_s": clock.rate, "bad": ledger.bad})
             if run.eval_every and done % run.eval_every == 0 and done < run.steps and not leave:
                 watchdog.beat(f"evaluating after step {done}")
                 with _whole(task, plan, accelerator):
                     _evaluate(task, tracker, done, accelerator)
             if leave or (run.save_every and (done % run.save_every == 0 or done == run.steps)):
                 watchdog.beat(f"saving after step {done}")
-                state = checkpoint.Progress(done, _gathered(task.ledger))
-                saved = checkpoint.save(run.out, state, task.module, optimizer, _identity(task), run.keep, accelerator)
+                ledger.gather()
+                saved = checkpoint.save(
+                    run.out, done, ledger, task.module, optimizer, _identity(task), run.keep, accelerator
+                )
                 if leave:
                     raise Preempted(_farewell(run.out, done, saved))
         watchdog.beat("writing the finished model")
         with _whole(task, plan, accelerator):
-            _seal(task, run, accelerator)
+            _seal(task, run, ledger, accelerator)
 
 
 def _fit_for_fsdp(task: Task, accelerator: Accelerator) -> nn.Module | None:
@@ -187,17 +193,18 @@ def _identity(task: Task) -> dict[str, Any]:
     return {**task.config, "data_fingerprint": task.data_fingerprint}
 
 
-def _resume(task: Task, run: RunConfig, optimizer: Any, accelerator: Accelerator) -> checkpoint.Progress:
+def _resume(task: Task, run: RunConfig, optimizer: Any, ledger: Ledger, accelerator: Accelerator) -> int:
+    """Restore model, optimizer, random states and ledger; returns the steps done."""
     found = checkpoint.newest_for_all(run.out, accelerator) if run.resume else None
     if found is None:
         if run.resume:
             accelerator.print(f"no checkpoint in {run.out}: starting from the beginning")
-        return checkpoint.Progress(0, {})
+        ledger.restore(None)
+        return 0
     progress = checkpoint.load(found, task.module, optimizer, _identity(task), accelerator)
-    if accelerator.is_main_process:  # one rank carries on what all had counted
-        task.ledger.seen, task.ledger.bad = progress.ledger["seen"], progress.ledger["bad"]
+    ledger.restore(progress.ledger)
     accelerator.print(f"resuming {run.out} after step {progress.step}")
-    return progress
+    return progress.step
 
 
 def _batches(task: Task, order: StepOrder, run: RunConfig, device: torch.device) -> Generator[Batch, None, None]:
@@ -217,11 +224,12 @@ def _batches(task: Task, order: StepOrder, run: RunConfig, device: torch.device)
         }
 
 
-def _agree(loss: Tensor, stop: StopRequest, accelerator: Accelerator) -> tuple[float, bool]:
-    """One message between the ranks per step: the mean loss, and whether any of them was asked to stop."""
-    mine = torch.stack([loss.float(), torch.tensor(float(stop.noted is not None), device=loss.device)])
-    mean, asked = accelerator.reduce(mine, "mean").tolist()
-    return mean, asked > 0
+def _agree(loss: Tensor, stop: StopRequest, new_bad: int, accelerator: Accelerator) -> tuple[float, bool, int]:
+    """One message between the ranks per step: the mean loss, whether any of them was asked to stop, and how many bad
+    samples they met."""
+    counts = torch.tensor([float(stop.noted is not None), new_bad], device=loss.device)
+    total, asked, bad = accelerator.reduce(torch.cat([loss.float().reshape(1), counts]), "sum").tolist()
+    return total / accelerator.num_processes, asked > 0, int(bad)
 
 
 def _farewell(out: Path, done: int, saved: bool) -> str:
@@ -255,24 +263,19 @@ def _evaluate(task: Task, tracker: Tracker, step: int, accelerator: Accelerator)
     accelerator.wait_for_everyone()
 
 
-def _seal(task: Task, run: RunConfig, accelerator: Accelerator) -> None:
-    ledger = Ledger(1.0, **_gathered(task.ledger))
+def _seal(task: Task, run: RunConfig, ledger: Ledger, accelerator: Accelerator) -> None:
+    ledger.gather()
     if accelerator.is_main_process:
+        ledger.write()
         made = task.finish(run.out, accelerator)
         files = (path.relative_to(run.out) for path in run.out.rglob("*") if path.is_file())
         names = [path.as_posix() for path in files if path.parts[0] not in RECORDS]
-        metrics = {**made.metrics, "samples_seen": ledger.seen, "bad_samples": ledger.by_reason()}
+        metrics = {**made.metrics, "samples_seen": ledger.seen, "bad_samples": dict(sorted(ledger.by_reason.items()))}
         manifest.seal(run.out, made.kind, task.config, made.parents, metrics, files=names)
         print(f"finished {run.out} ({made.kind})")
     accelerator.wait_for_everyone()
     if run.tracker:
         accelerator.end_training()
-
-
-def _gathered(ledger: Ledger) -> dict[str, Any]:
-    """What all ranks counted, in an order that no resume changes. Every rank must call it."""
-    bad = sorted(gather_object(list(ledger.bad)), key=lambda report: json.dumps(report, sort_keys=True))
-    return {"seen": sum(gather_object([ledger.seen])), "bad": bad}
 
 
 def _flat_for_tracker(config: dict[str, Any]) -> dict[str, str]:

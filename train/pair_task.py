@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 from encoders import encoder_run, objectives
 from encoders.config import ObjectiveName
 from encoders.data.formats import open_samples
-from encoders.data.pairs import Ledger, TrainingPairs, collate, evaluation_set
+from encoders.data.order import Shards
+from encoders.data.pairs import TrainingPairs, collate, evaluation_set
 from encoders.data.samples import BadSample, Samples
 from encoders.data.tokenizers import FILE as TOKENIZER_FILE
 from encoders.data.tokenizers import CaptionTokenizer
@@ -36,16 +37,13 @@ FAMILY_OBJECTIVES: dict[str, ObjectiveName] = {"clips": "clips", "dreamlip": "dr
 
 def pretrain(config: PretrainConfig, accelerator: Accelerator) -> "PairTask":
     """A fresh model of `config.model`. Raises ModelError if the tokenizer's ids exceed the embedding table."""
-    samples = open_samples(config.data.train)
+    with accelerator.main_process_first():  # the first to open the set indexes it
+        samples = open_samples(config.data.train)
     tokenizer = _tokenizer(config, samples, accelerator)
     if tokenizer.size > config.model.text.vocab_size:
         raise ModelError(
             f"the tokenizer has {tokenizer.size} ids but model.text.vocab_size is {config.model.text.vocab_size}; "
             "raise vocab_size or use a smaller tokenizer"
-        )
-    if not config.model.vision.pre_norm:
-        accelerator.print(
-            "note: vision.pre_norm is false; export-encoder cannot make a CLIPVisionModel of this tower yet"
         )
     model = objectives.build(config.model)
     return PairTask("pretrain", asdict(config), config.data, samples, model, tokenizer, {"data": config.data.folder})
@@ -96,12 +94,12 @@ class PairTask:
         self.module: nn.Module = model
         self.entries: tuple[str, ...] = ("encode",)  # cached_step's first pass
         self.data_fingerprint = samples.fingerprint()
-        self.shard_sizes, self.fetch_ahead = samples.sizes, samples.fetch_ahead
+        self.shards: Shards = samples
         self.model, self.tokenizer, self.samples = model, tokenizer, samples
         self.dataset: Dataset[dict[str, Any]] = TrainingPairs(
             samples, model.config, tokenizer, model.texts, config["run"]["seed"]
         )
-        self.ledger = Ledger(data.max_bad_fraction)
+        self.max_bad_fraction = data.max_bad_fraction
         # Opened now so that a missing folder is told before hours of training.
         self.held_out = {"val": open_samples(data.val), "test": open_samples(data.test)}
         self.zero_shot = open_sets(data.zero_shot)

@@ -11,13 +11,14 @@ from train.config import PretrainConfig, parse
 
 def main() -> None:
     config = parse(PretrainConfig, "clips_demo.yaml")
-    from train import loop, pair_task, start, status  # torch comes in only once the config is known to be right
+    # Torch comes in only once the config is known to be right.
+    from train import loop, pair_task, signals, start, status
 
     start.prepare_folder(config.run)
     accelerator = start.build_accelerator(config.run)
-    with status.status(config.run, accelerator):
+    with signals.StopRequest() as stop, status.status(config.run, accelerator):
         task = pair_task.pretrain(config, accelerator)
-        loop.train(task, config.run, config.optim, accelerator)
+        loop.train(task, config.run, config.optim, stop, accelerator)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,15 @@ import json
 import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from encoders import manifest
 from encoders.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 RANKS = "ranks.json"
 
@@ -43,8 +45,10 @@ class Rank:
             return False
 
 
-def register(out: Path, accelerator: Accelerator) -> list[Rank]:
+def register(out: Path, accelerator: "Accelerator") -> list[Rank]:
     """All ranks, also written to `out`. Every rank must call it. Raises UsageError where `out` is not shared."""
+    from accelerate.utils import gather_object  # here: `train.signals` must be quick
+
     me = psutil.Process()
     mine = Rank(accelerator.process_index, socket.gethostname(), me.pid, me.create_time())
     ranks: list[Rank] = gather_object([mine])

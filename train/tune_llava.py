@@ -12,13 +12,14 @@ from train.config import LlavaConfig, parse
 
 def main() -> None:
     config = parse(LlavaConfig, "projector_demo.yaml")
-    from train import llava_task, loop, start, status  # torch comes in only once the config is known to be right
+    # Torch comes in only once the config is known to be right.
+    from train import llava_task, loop, signals, start, status
 
     start.prepare_folder(config.run)
     accelerator = start.build_accelerator(config.run)
-    with status.status(config.run, accelerator):
+    with signals.StopRequest() as stop, status.status(config.run, accelerator):
         task = llava_task.projector(config) if config.stage == "projector" else llava_task.lora(config)
-        loop.train(task, config.run, config.optim, accelerator)
+        loop.train(task, config.run, config.optim, stop, accelerator)
 
 
 if __name__ == "__main__":

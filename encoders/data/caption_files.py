@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from encoders.data.samples import BadSample, Samples
 from encoders.errors import DataError, UsageError
@@ -131,8 +132,8 @@ def merge_shard(
 ) -> Counter[str]:
     """Write a shard's samples, KEY.jpg and KEY.json, with these captioners' captions before those they had.
 
-    Returns the number of `samples` written, and of what is missing. Raises DataError if the shard is not captioned
-    yet, UsageError if its tar exists.
+    Keys are percent-encoded. Returns the number of `samples` written, and of what is missing. Raises DataError if the
+    shard is not captioned yet, UsageError if its tar exists.
     """
     entries: dict[str, dict[tuple[str, str], Entry]] = {}
     for captioner in captioners:
@@ -164,7 +165,7 @@ def merge_shard(
                     text[kind] = new | {
                         captioner: caption for captioner, caption in old.items() if captioner not in new
                     }
-                name = sample.key.replace(".", "_")  # a tar's key ends at its first dot
+                name = _tar_name(sample.key)
                 _add(tar, f"{name}.{SUFFIXES.get(sample.image[:2], 'jpg')}", sample.image)
                 _add(tar, f"{name}.json", json.dumps(text).encode())
                 counts["samples"] += 1
@@ -178,6 +179,13 @@ def merge_shard(
 def _caption(entries: Mapping[tuple[str, str], Entry], key: str, kind: str) -> str | None:
     entry = entries.get((key, kind))
     return None if entry is None else entry.caption
+
+
+def _tar_name(key: str) -> str:
+    """A key, percent-encoded but for letters, digits, _ - ~ and /: two keys never meet, and a reader finds every one,
+    although to it a key ends at its first dot and a name that begins with a dot is hidden."""
+    name = quote(key, safe="/").replace(".", "%2E")
+    return name[:-1] + "%2F" if name.endswith("/") else name
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -196,4 +204,5 @@ def _whole_lines(file: Path) -> int:
 
 
 def _line(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, ensure_ascii=False).encode() + b"\n"
+    # Half a surrogate pair, as in a file name of other bytes, becomes its JSON escape.
+    return json.dumps(content, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"

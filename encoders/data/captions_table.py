@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 
 import numpy as np
 
@@ -22,17 +23,20 @@ csv.field_size_limit(MAX_TEXT)
 
 
 class CsvFile:
-    """The rows of a CSV file with a header line, by number. Raises DataError if the file or a column is missing."""
+    """The rows of a CSV file with a header line, by number. Raises DataError if the file or a column is missing, and
+    when it is read after it has changed."""
 
     def __init__(self, file: Path, columns: list[str], by: str | None, cache: Path | None):
         if not file.is_file():
             raise DataError(f"table {file} does not exist")
         self.file, self.by = file, by
-        with file.open("rb") as stream:
-            self.header = next(_rows(stream))[1]
+        self._stamp = _stamp(file.stat())
+        with self._opened() as stream:
+            self.header: list[str] = next((cells for _, cells in _rows(stream)), [])
         missing = [column for column in columns if column not in self.header]
         if missing:
-            raise DataError(f"{file} has no column {', '.join(missing)}; it has {', '.join(self.header)[:300]}")
+            found = ", ".join(self.header)[:300] or "no header"
+            raise DataError(f"{file} has no column {', '.join(missing)}; it has {found}")
         self._index_file = place_for(file.parent, cache) / f"{file.name}.{_hash(by or '') & 0xFFFFFFFF:08x}.npy"
         self._rows: np.ndarray | None = None
         self._table()
@@ -43,7 +47,7 @@ class CsvFile:
     def read(self, row: int) -> dict[str, str]:
         """A row by its place in the index. Raises ValueError if it has more or fewer cells than the header."""
         offset = int(self._table()[row, 1])
-        with self.file.open("rb") as stream:
+        with self._opened() as stream:
             stream.seek(offset)
             content = next((cells for _, cells in _rows(stream)), [])
         if len(content) != len(self.header):
@@ -56,21 +60,27 @@ class CsvFile:
         return range(*(int(np.searchsorted(hashes, wanted, side=side)) for side in ("left", "right")))
 
     def fingerprint(self) -> str:
-        stat = self.file.stat()
-        named = f"{self.file.name} {stat.st_size} {stat.st_mtime_ns} {len(self)}"
-        return hashlib.sha256(named.encode()).hexdigest()
+        named = f"{self.file.name} {self._stamp[0]} {self.header} {len(self)}"
+        return hashlib.sha256(named.encode(errors="backslashreplace")).hexdigest()
+
+    def _opened(self) -> BinaryIO:
+        stream = self.file.open("rb")
+        if _stamp(os.fstat(stream.fileno())) != self._stamp:
+            stream.close()
+            raise DataError(f"{self.file} is not what it was when it was indexed; start again to index it anew")
+        return stream
 
     def _table(self) -> np.ndarray:
         """(hash of the column `by`, offset) of each row, int64 (rows, 2); sorted, or in file order without `by`."""
         if self._rows is not None:
             return self._rows
-        stat = self.file.stat()
-        stamp = [[VERSION, stat.st_size], [stat.st_mtime_ns, 0]]
+        size, time = self._stamp
+        stamp = [[VERSION, size], [time, 0]]
         found = _mapped(self._index_file)
         if found is None or found[:2].tolist() != stamp:
             rows = self._scan()
             self._index_file.parent.mkdir(parents=True, exist_ok=True)
-            aside = self._index_file.with_name(f".{self._index_file.name}.{os.getpid()}.partial")
+            aside = self._index_file.with_name(f".{self._index_file.name}.{uuid4().hex}.partial")
             with aside.open("wb") as stream:
                 np.save(stream, np.concatenate([np.array(stamp, dtype=np.int64), rows]))
             aside.replace(self._index_file)
@@ -82,7 +92,7 @@ class CsvFile:
     def _scan(self) -> np.ndarray:
         place = self.header.index(self.by) if self.by is not None else None
         found = array("q")
-        with self.file.open("rb") as stream:
+        with self._opened() as stream:
             rows = _rows(stream)
             next(rows)
             for offset, cells in rows:
@@ -111,10 +121,8 @@ class CaptionTable:
             raise BadSample("damaged caption row", shard, key, str(error)) from error
         rows = [row for row in rows if row[self.by] == value]
         if len(rows) != 1:
-            state = "no caption row" if not rows else "several caption rows"
-            raise BadSample(
-                state, shard, key, f"{len(rows)} rows of {self._csv.file.name} have {self.by} {value!r:.120}"
-            )
+            detail = f"{len(rows)} rows of {self._csv.file.name} have {self.by} {value!r:.120}"
+            raise BadSample("several caption rows" if rows else "no caption row", shard, key, detail)
         return rows[0]
 
     def fingerprint(self) -> str:
@@ -122,9 +130,9 @@ class CaptionTable:
 
 
 def _rows(stream: BinaryIO) -> Iterator[tuple[int, list[str]]]:
-    """(byte offset, cells) of each row. A file that stops being CSV ends with a row of no cells."""
-    start = stream.tell()
-    position = start
+    """(byte offset, cells) of each row from here on. One that is not CSV has no cells; the next begins with the line
+    after its first, since a quote that is never closed swallows the lines that follow."""
+    start = position = stream.tell()
 
     def lines() -> Iterator[str]:
         nonlocal position
@@ -133,13 +141,23 @@ def _rows(stream: BinaryIO) -> Iterator[tuple[int, list[str]]]:
             position += len(line)
             yield text.decode("utf-8", "surrogateescape")  # bytes that are no text make a caption unreadable
 
-    try:
-        for cells in csv.reader(lines(), strict=True):
-            if cells:
-                yield start, cells
-            start = position
-    except csv.Error:
-        yield start, []
+    broken = True
+    while broken:
+        try:
+            for cells in csv.reader(lines(), strict=True):
+                if cells:
+                    yield start, cells
+                start = position
+            broken = False
+        except csv.Error:
+            yield start, []
+            stream.seek(start)
+            start = position = start + len(stream.readline())
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, int]:
+    """(bytes, time of the last change)"""
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _mapped(file: Path) -> np.ndarray | None:

@@ -1,11 +1,11 @@
 """`python -m encoders.data.check DATA`: read a data set whole, before a run does: counts, captions, damage.
 
-Prints a summary and writes a report as JSON: every bad sample by reason, shard and key. Exits with 3 if there is one.
+Prints a summary and writes a report as JSON: every bad sample by reason, shard and key. Exits with 3 if there is one,
+or if a shard cannot be had; the report then holds what was read before.
 """
 
 import argparse
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,21 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="folder for indices and for copies of remote shards")
     parser.add_argument("--no-decode", action="store_true", help="check captions and members, but no pixels")
     parser.add_argument("--every", type=int, default=1, help="read each Nth sample only (%(default)s)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read; 0: this one (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path(REPORT), help="report to write (%(default)s)")
     options = parser.parse_args()
-    if options.every < 1:
-        raise UsageError(f"--every is {options.every} but must be at least 1")
+    if options.every < 1 or options.workers < 0:
+        raise UsageError(f"--every {options.every} must be at least 1, --workers {options.workers} at least 0")
     places = {"images": options.images, "captions": options.captions, "cache": options.cache}
     spec = DataSpec(options.data, options.format, options.mapping, **places)
-    report = check(spec, decode=not options.no_decode, every=options.every)
+    report = check(spec, decode=not options.no_decode, every=options.every, workers=options.workers)
     from encoders.manifest import write_json
 
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.out, report)
     print(_summary(report))
+    if report["stopped"]:
+        raise DataError(f"{report['stopped']}; {options.out} tells of the {report['read']} samples read before")
     if report["bad"]:
         raise DataError(
             f"{len(report['bad'])} of {report['read']} samples are bad; {options.out} names them. Mend them, or allow "
@@ -48,53 +51,35 @@ def main() -> None:
         )
 
 
-def check(spec: DataSpec, decode: bool = True, every: int = 1) -> dict[str, Any]:
-    """The report on a data set: samples and shards, bad samples, sizes of pictures, lengths of captions."""
+def check(spec: DataSpec, decode: bool = True, every: int = 1, workers: int = 0) -> dict[str, Any]:
+    """The report on a data set: samples and shards, bad samples, sizes of pictures, lengths of captions; `stopped` says
+    why, if a shard could not be had."""
+    from encoders.data.examine import Findings, examined
     from encoders.data.formats import open_samples
-    from encoders.data.pairs import decode_sample
     from encoders.data.progress import bar
-    from encoders.data.samples import BadSample
 
     samples = open_samples(spec)
-    bad: list[dict[str, str]] = []
-    words: dict[str, Counter[int]] = {}
-    heights, widths = Counter[int](), Counter[int]()
-    without = Counter[str]()
     chunks = [range(i, min(i + CHUNK * every, len(samples)), every) for i in range(0, len(samples), CHUNK * every)]
-    for chunk in bar("thousands of samples")(chunks):
-        for index in chunk:
-            try:
-                sample = samples[index]
-                if decode:
-                    _, height, width = decode_sample(sample).shape
-                    heights[height] += 1
-                    widths[width] += 1
-            except BadSample as error:
-                detail = str(error).partition(f": {error.reason} ")[2].strip("()")
-                bad.append({"reason": error.reason, "shard": error.shard, "key": error.key, "detail": detail})
-                continue
-            named = [("web", sample.web), *_named("short", sample.short), *_named("long", sample.long)]
-            for name, caption in named:
-                words.setdefault(name, Counter())[len(caption.split())] += 1
-            without.update(name for name in ("short", "long") if not getattr(sample, name))
+    found, more = Findings(), iter(examined(samples, chunks, decode, workers))
+    for _ in bar("thousands of samples")(chunks):
+        found.add(next(more))
+        if found.stopped:
+            break
     return {
         "data": {name: str(value) for name, value in vars(spec).items() if value is not None},
         "fingerprint": samples.fingerprint(),
         "shards": len(samples.sizes),
         "samples": len(samples),
-        "read": sum(map(len, chunks)),
-        "bad": bad,
-        "bad_by_reason": dict(sorted(Counter(one["reason"] for one in bad).items())),
-        "bad_by_shard": dict(sorted(Counter(one["shard"] for one in bad).items())),
-        "without": dict(without),
-        "words": {name: _spread(counts) for name, counts in words.items()},
-        "height": _spread(heights),
-        "width": _spread(widths),
+        "read": found.read,
+        "stopped": found.stopped,
+        "bad": found.bad,
+        "bad_by_reason": dict(sorted(Counter(one["reason"] for one in found.bad).items())),
+        "bad_by_shard": dict(sorted(Counter(one["shard"] for one in found.bad).items())),
+        "without": dict(found.without),
+        "words": {name: _spread(counts) for name, counts in found.words.items()},
+        "height": _spread(found.heights),
+        "width": _spread(found.widths),
     }
-
-
-def _named(kind: str, captions: dict[str, str]) -> Iterable[tuple[str, str]]:
-    return ((f"{kind} ({captioner})", caption) for captioner, caption in captions.items())
 
 
 def _spread(counts: Counter[int]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Where the samples of tars lie: read from headers once, kept in small numpy files, trusted while size and mtime stay.
 
 One file per shard holds its members (tens of bytes a sample), loaded while the shard is in use; one file per set holds
-names, sizes, times and counts, all that the order needs.
+names, sizes, stamps and counts, all that the order needs (tens of bytes a shard).
     python -m encoders.data.index FOLDER                  index a folder of tars before the first run does it
     python -m encoders.data.index URL... --out FILE       list shards that lie elsewhere; FILE is then the data set
 """
@@ -9,7 +9,7 @@ names, sizes, times and counts, all that the order needs.
 import argparse
 import hashlib
 import os
-import zipfile
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,10 +19,15 @@ import numpy as np
 from encoders.data.tar_headers import Damage, Member, members
 from encoders.errors import DataError, UsageError, run_command
 
-VERSION = 1
+VERSION = 2
 FAULTS = ("", "duplicate key", "split key", "damaged tar")
 FOLDER = ".index"
 SET = "shards.npz"
+SHARD_ARRAYS = {
+    *("stamp", "suffixes", "damage", "keys", "key_ends", "faults"),
+    *("member_ends", "suffix", "offsets", "sizes"),
+}
+SET_ARRAYS = {"version", "folder", "names", "name_ends", "bytes", "stamps", "counts"}
 Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 
@@ -57,10 +62,15 @@ class ShardIndex:
     @classmethod
     def load(cls, file: Path, size: int, mtime: int) -> "ShardIndex | None":
         """None if there is none for a shard of this size and time."""
-        arrays = load_arrays(file)
+        arrays = load_arrays(file, SHARD_ARRAYS)
         if arrays is None or arrays.pop("stamp").tolist() != [VERSION, size, mtime]:
             return None
         return cls(arrays)
+
+    @classmethod
+    def empty(cls, damage: str) -> "ShardIndex":
+        """Of a shard in which nothing can be found."""
+        return _packed({}, {}, damage)
 
 
 def scan(stream: BinaryIO, length: int) -> ShardIndex:
@@ -71,6 +81,8 @@ def scan(stream: BinaryIO, length: int) -> ShardIndex:
     try:
         for name, member in members(stream, length):
             key, suffix = split_name(name)
+            if not key:
+                continue
             if key in samples and suffix in samples[key]:
                 faults[key] = "duplicate key"
             elif key in samples and key != last:
@@ -89,8 +101,8 @@ def _hit(samples: dict[str, dict[str, Member]], damage: Damage) -> str:
     """The key that stands for a damage: of the cut member, of a last sample that is a picture only or lacks what the
     one before it has, or one of its own."""
     keys = list(samples)[-2:]
-    if damage.member is not None:
-        return split_name(damage.member)[0]
+    if damage.member is not None and (key := split_name(damage.member)[0]):
+        return key
     if keys and (len(samples[keys[-1]]) == 1 or set(samples[keys[-1]]) < set(samples[keys[0]])):
         return keys[-1]
     return f"after {keys[-1]}" if keys else "at its start"
@@ -118,37 +130,48 @@ def _packed(samples: dict[str, dict[str, Member]], faults: dict[str, str], damag
 
 
 def split_name(member: str) -> tuple[str, str]:
-    """(key, suffix) of a member as webdataset splits it: at the first dot of its last path part."""
+    """(key, suffix) of a member as webdataset splits it: at the first dot of its last path part. Both are empty if the
+    member is of no sample: hidden, as macOS's `._` files, or without a suffix."""
     folder, slash, name = member.removeprefix("./").rpartition("/")
-    stem, _, suffix = name.partition(".")
+    stem, dot, suffix = name.partition(".")
+    if not stem or not dot:
+        return "", ""
     return folder + slash + stem, suffix.lower()
 
 
 class SetIndex:
-    """The shards of a set: names (below `root`, or URLs), sizes in bytes, times, and numbers of samples."""
+    """The shards of a set: names (below `root`, or URLs), sizes in bytes, stamps, and numbers of samples.
+
+    A stamp tells whether a shard is still the one that was indexed: the time of a local one, the version of a remote
+    one (negative).
+    """
 
     def __init__(self, root: str, arrays: dict[str, np.ndarray]):
         self.root, self._arrays = root, arrays
-        self.bytes, self.mtimes, self.counts = (arrays[name] for name in ("bytes", "mtimes", "counts"))
+        self._folder = str(arrays["folder"])
+        self.bytes, self.stamps, self.counts = (arrays[name] for name in ("bytes", "stamps", "counts"))
 
     @classmethod
-    def of(cls, root: str, names: Sequence[str], rows: Sequence[tuple[int, int, int]]) -> "SetIndex":
-        """From (size, mtime, samples) of each shard."""
-        blob, ends = pack(names)
-        table = np.array(rows, dtype=np.int64).reshape(-1, 3)
-        columns = {name: table[:, i].copy() for i, name in enumerate(("bytes", "mtimes", "counts"))}
-        return cls(root, {"names": blob, "name_ends": ends, **columns})
+    def of(cls, root: str, names: Sequence[str], rows: Sequence[tuple[int, int, int]] | np.ndarray) -> "SetIndex":
+        """From (size, stamp, samples) of each shard, int64 (shards,3)."""
+        folder, slash, _ = os.path.commonprefix(names).rpartition("/")  # noqa: RUF071 (names are URLs too)
+        blob, ends = pack(name.removeprefix(folder + slash) for name in names)
+        bytes_, stamps, counts = np.array(rows, dtype=np.int64).reshape(-1, 3).T
+        arrays = {"folder": np.array(folder + slash), "names": blob, "name_ends": ends, "bytes": narrow(bytes_)}
+        return cls(root, {**arrays, "stamps": stamps.copy(), "counts": counts.copy()})
 
     def __len__(self) -> int:
         return len(self.counts)
 
     def name(self, shard: int) -> str:
-        return _piece(self._arrays["names"], self._arrays["name_ends"], shard)
+        return self._folder + _piece(self._arrays["names"], self._arrays["name_ends"], shard)
 
     def fingerprint(self) -> str:
+        """Equal for the same shards, wherever they lie and whenever they were copied there."""
         digest = hashlib.sha256()
-        for name in ("names", "name_ends", "bytes", "mtimes", "counts"):
-            digest.update(self._arrays[name].tobytes() + b"\0")
+        for array in (self._arrays["names"], self._arrays["name_ends"], self.bytes, self.counts):
+            digest.update(array.tobytes() + b"\0")
+        digest.update(np.minimum(self.stamps, 0).tobytes())  # versions, but no times
         return digest.hexdigest()
 
     def save(self, file: Path) -> None:
@@ -157,8 +180,8 @@ class SetIndex:
     @classmethod
     def load(cls, file: Path, root: str = "") -> "SetIndex | None":
         """None if the file is not there or is no index of this version."""
-        arrays = load_arrays(file)
-        if arrays is None or "names" not in arrays or arrays.pop("version").tolist() != VERSION:
+        arrays = load_arrays(file, SET_ARRAYS)
+        if arrays is None or arrays.pop("version").tolist() != VERSION:
             return None
         return cls(root, arrays)
 
@@ -175,12 +198,13 @@ def index_folder(folder: Path, cache: Path | None, track: Track = iter) -> SetIn
     known: dict[str, tuple[int, int, int]] = {}
     before = SetIndex.load(where / SET, str(folder))
     if before is not None:
-        rows = np.stack([before.bytes, before.mtimes, before.counts], axis=1).tolist()
+        rows = np.stack([before.bytes, before.stamps, before.counts], axis=1).tolist()
         known = {before.name(shard): tuple(row) for shard, row in enumerate(rows)}
     names = sorted(found)
     stale = [name for name in names if known.get(name, ())[:2] != (found[name].st_size, found[name].st_mtime_ns)]
     for name in track(stale):
-        count = len(index_shard(folder / name, where))
+        with (folder / name).open("rb") as stream:
+            count = len(index_shard(stream, where / f"{name}.npz"))
         known[name] = (found[name].st_size, found[name].st_mtime_ns, count)
     if before is None or stale or len(before) != len(names):
         before = SetIndex.of(str(folder), names, [known[name] for name in names])
@@ -190,22 +214,21 @@ def index_folder(folder: Path, cache: Path | None, track: Track = iter) -> SetIn
     return before
 
 
-def index_shard(shard: Path, where: Path) -> ShardIndex:
-    """The index of one tar, from its file in `where` or read now and kept there."""
-    file = where / f"{shard.name}.npz"
-    stat = shard.stat()
+def index_shard(stream: BinaryIO, file: Path) -> ShardIndex:
+    """The index of an open tar: from `file`, or read now and kept there."""
+    stat = os.fstat(stream.fileno())
     index = ShardIndex.load(file, stat.st_size, stat.st_mtime_ns)
     if index is None:
-        with shard.open("rb") as stream:
-            index = scan(stream, stat.st_size)
+        index = scan(stream, stat.st_size)
         index.save(file, stat.st_size, stat.st_mtime_ns)
     return index
 
 
 def place_for(folder: Path, cache: Path | None) -> Path:
     """Where a folder's index is kept: beside its shards, or in a cache folder if one is given or needed."""
-    if cache is None and os.access(folder, os.W_OK):
-        return folder / FOLDER
+    beside = folder / FOLDER
+    if cache is None and os.access(beside if beside.exists() else folder, os.W_OK):
+        return beside
     return (cache or user_cache()) / "index" / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
 
 
@@ -215,9 +238,15 @@ def user_cache() -> Path:
 
 
 def pack(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Texts as one run of bytes (uint8) and where each ends (int64)."""
+    """Texts as one run of bytes (uint8) and where each ends."""
     encoded = [text.encode() for text in texts]
-    return np.frombuffer(b"".join(encoded), dtype=np.uint8), np.cumsum([len(text) for text in encoded], dtype=np.int64)
+    blob = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+    return blob, narrow(np.cumsum([len(text) for text in encoded], dtype=np.int64))
+
+
+def narrow(numbers: np.ndarray) -> np.ndarray:
+    """Numbers of at least 0 in 4 bytes each, if they fit."""
+    return numbers.astype(np.uint32 if numbers.max(initial=0) < 2**32 else np.int64)
 
 
 def _piece(blob: np.ndarray, ends: np.ndarray, place: int) -> str:
@@ -225,27 +254,31 @@ def _piece(blob: np.ndarray, ends: np.ndarray, place: int) -> str:
 
 
 def save_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write an .npz aside and rename it; ranks that do so at once write the same."""
+    """Write an .npz aside and rename it; processes and machines that do so at once write the same."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    with aside.open("wb") as stream:
-        np.savez(stream, allow_pickle=False, **arrays)
-    aside.replace(file)
+    aside = file.with_name(f".{file.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with aside.open("xb") as stream:
+            np.savez(stream, allow_pickle=False, **arrays)
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
-def load_arrays(file: Path) -> dict[str, np.ndarray] | None:
-    """An .npz, never unpickled; None if it is missing or damaged, for it can be made again."""
+def load_arrays(file: Path, names: set[str]) -> dict[str, np.ndarray] | None:
+    """An .npz of these arrays, never unpickled; None if it is missing, damaged or another, for it can be made again."""
     try:
         with np.load(file, allow_pickle=False) as content:
-            return dict(content)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+            arrays = dict(content)
+    except Exception:  # numpy and zipfile fail in many ways
         return None
+    return arrays if set(arrays) == names else None
 
 
 def main() -> None:
     """Index what the command line names."""
     parser = argparse.ArgumentParser(prog="python -m encoders.data.index", description=__doc__)
-    parser.add_argument("shards", nargs="+", help="a folder of tars, or with --out URLs or patterns of tars")
+    parser.add_argument("shards", nargs="+", help="a folder of tars; with --out also URLs or patterns (*, {000..123})")
     parser.add_argument("--out", type=Path, help="file to write; give it as the path of a data set")
     parser.add_argument("--cache", type=Path, help="folder for the index of a folder that cannot be written to")
     options = parser.parse_args()

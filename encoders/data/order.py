@@ -7,6 +7,7 @@ workers.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -14,6 +15,33 @@ from torch.utils.data import Sampler
 from encoders.errors import UsageError
 
 WINDOW = 2**18  # samples, about; a smaller set is shuffled whole
+
+
+class Shards(Protocol):
+    """What the order must know of a data set."""
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Samples of each part that is best read together, int64 (shards,)."""
+
+    @property
+    def window(self) -> int:
+        """Samples whose shards can be in use at a time."""
+
+    def fetch_ahead(self, shards: np.ndarray) -> None:
+        """Get ready the shards that this rank needs soon."""
+
+
+class Unsharded:
+    """`Shards` of a set any sample of which is at hand."""
+
+    window = WINDOW
+
+    def __init__(self, samples: int):
+        self.sizes = np.array([samples], dtype=np.int64)
+
+    def fetch_ahead(self, shards: np.ndarray) -> None:
+        """Nothing."""
 
 
 class StepOrder(Sampler[list[tuple[int, int]]]):

@@ -5,9 +5,7 @@ A bad sample's slot takes a spare (again a function of seed, epoch and id); what
 travels inside the batch to the ledger.
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -107,30 +105,6 @@ def collate(examples: Sequence[Mapping[str, Any]], config: EncoderConfig) -> dic
     batch["sample_ids"] = [example["sample_id"] for example in examples]
     batch["bad"] = [report for example in examples for report in example["bad"]]
     return batch
-
-
-@dataclass
-class Ledger:
-    """What the run saw: samples used, and every bad one by reason, shard and key. Saved with each checkpoint."""
-
-    max_bad_fraction: float
-    seen: int = 0
-    bad: list[dict[str, Any]] = field(default_factory=list)
-
-    def record(self, batch: dict[str, Any]) -> None:
-        """Count a batch that is being trained on. Raises DataError above the allowed share of bad samples."""
-        self.seen += len(batch["sample_ids"])
-        self.bad.extend(batch["bad"])
-        if len(self.bad) > self.max_bad_fraction * max(self.seen, 100):
-            named = "; ".join(f"{r['shard']}/{r['key']}: {r['reason']}" for r in self.bad[-3:])
-            raise DataError(
-                f"{len(self.bad)} of {self.seen} samples are bad, more than data.max_bad_fraction "
-                f"{self.max_bad_fraction} allows ({self.by_reason()}; last: {named}); mend the shards"
-            )
-
-    def by_reason(self) -> dict[str, int]:
-        """Bad samples per reason."""
-        return dict(sorted(Counter(report["reason"] for report in self.bad).items()))
 
 
 def evaluation_set(samples: Samples, config: EncoderConfig, tokenizer: CaptionTokenizer) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     spec = DataSpec(args.data, args.format, args.mapping, images=args.images, captions=args.captions)
     samples = open_samples(spec)
     out = args.out or args.data
-    mine = dict(list(shards(samples).items())[args.rank :: args.world])
+    mine = dict(list(shards(samples, args.format).items())[args.rank :: args.world])
     if args.merge is not None:
         args.merge.mkdir(parents=True, exist_ok=True)
         counts: Counter[str] = Counter()
@@ -114,14 +114,15 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"--merge {args.merge} is the data itself; name another folder")
 
 
-def shards(samples: "Samples") -> dict[str, range]:
+def shards(samples: "Samples", format: str) -> dict[str, range]:
     """Shard -> numbers of its samples. Raises UsageError if two have one name, since captions are named after them."""
     found: dict[str, range] = {}
     start = 0
     for size in filter(None, samples.sizes.tolist()):
-        name = samples.shard(start)  # type: ignore[attr-defined]
+        name = samples.shard(start)
         before = found.get(name, range(start, start))
-        if before.stop != start:  # the parts of a table lie side by side in its file
+        # The parts of a table lie side by side in its file; a tar has no parts.
+        if before.stop != start or (before and format == "tar"):
             raise UsageError(f"two shards are called {name}; caption them from two folders")
         found[name] = range(before.start, start + size)
         start += size
@@ -174,9 +175,9 @@ def _questions(
     samples: "Samples", numbers: range, file: CaptionFile, max_tokens: Sequence[int]
 ) -> Iterator["Question"]:
     """What the file does not answer yet. A bad sample is not asked about: its entries are written here."""
+    from encoders.data.pairs import decode_sample
     from encoders.data.recaption_backends import Question
     from encoders.data.samples import BadSample
-    from encoders.data.transforms import decode
 
     for number in numbers:
         key = samples.key(number)
@@ -184,16 +185,15 @@ def _questions(
         if not kinds:
             continue
         try:
-            image = samples[number].image
-            decode(image)
-        except (BadSample, RuntimeError) as error:
-            reason = error.reason if isinstance(error, BadSample) else "undecodable image"
+            sample = samples[number]
+            decode_sample(sample)
+        except BadSample as error:
             for kind in kinds:
-                file.add(Entry(key, kind, None, reason, str(error)[:200]))
+                file.add(Entry(key, kind, None, error.reason, error.detail[:200]))
             continue
         for kind, most in zip(PROMPTS, max_tokens, strict=True):
             if kind in kinds:
-                yield Question(key, kind, image, PROMPTS[kind], most)
+                yield Question(key, kind, sample.image, PROMPTS[kind], most)
 
 
 def judge(question: "Question", answer: "Answer") -> Entry:

@@ -1,30 +1,50 @@
-"""Shards that lie elsewhere (any fsspec URL): listed once, then fetched whole into a bounded folder ahead of use.
+"""Shards that lie elsewhere (any fsspec URL): listed once with their sizes, versions and counts, then copied whole."""
 
-All processes of a machine share the folder: one fetches, the others wait for it.
-"""
-
-import fcntl
 import hashlib
 import json
 import os
+import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
+from random import SystemRandom
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 
-from encoders.data.index import SetIndex, Track, scan, user_cache
-from encoders.data.samples import BadSample
+from encoders.data.index import SetIndex, Track, scan
 from encoders.errors import DataError, UsageError
 
 STATS = "_stats.json"
-CHUNK = 500  # stats files that are read at once
-TRIES = 4
-FETCHERS = 4
+CHUNK = 250  # shards that are counted between two steps of the progress bar
+COUNTERS = 16
+PAUSES = (1, 2, 4, 8, 16, 32, 64, 120)  # seconds between tries: four minutes, about
+HOPELESS = (PermissionError, NotImplementedError, TypeError, ValueError)  # not tried again
+NOT_THERE = (403, 404, 410)  # web status; 403 is what S3 says to those who may not list
+VERSIONS = (  # what file systems call the version of a content, or else its time
+    *("ETag", "etag", "md5Hash", "Content-MD5", "blob_id", "generation"),
+    *("LastModified", "Last-Modified", "last_modified", "mtime", "created"),
+)
+T = TypeVar("T")
+
+
+class Shard(NamedTuple):
+    """A shard of a list: its URL, bytes, and which version of its content was listed."""
+
+    url: str
+    size: int
+    stamp: int
+
+
+class _Listed(NamedTuple):
+    shard: Shard
+    filesystem: Any
+    path: str
+    stats: str | None
+    """The file in which img2dataset counted it, where there is one."""
 
 
 def is_remote(name: str) -> bool:
@@ -33,53 +53,103 @@ def is_remote(name: str) -> bool:
 
 
 def index_urls(patterns: Sequence[str], track: Track) -> SetIndex:
-    """List shards by URL, folder or pattern. A count comes from img2dataset's `_stats.json` beside the shard, or else
-    from reading the shard. Raises UsageError for a URL that is none, DataError if nothing is there."""
-    rows: dict[str, tuple[int, int, int]] = {}
-    for pattern in patterns:
-        filesystem, path = _filesystem(pattern)
-        sizes = _listed(filesystem, path, pattern)
-        stats = _stats_files(filesystem, sizes)
-        paths = sorted(sizes)
-        for chunk in track([paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]):
-            files = [stats[path] for path in chunk if path in stats]
-            read = filesystem.cat(files, on_error="return") if files else {}
-            for path in chunk:
-                count = _successes(stats[path], read[stats[path]]) if path in stats else _counted(filesystem, path)
-                remote = is_remote(pattern)
-                name = filesystem.unstrip_protocol(path) if remote else str(Path(path).resolve())
-                # No time of a remote shard is kept: its size is checked when it is fetched.
-                rows[name] = (sizes[path], 0 if remote else Path(path).stat().st_mtime_ns, count)
-    return SetIndex.of("", list(rows), list(rows.values()))
+    """List shards by URL, folder or pattern (*, {000..123}). A count comes from img2dataset's `_stats.json` beside the
+    shard, or else from reading the shard. Raises UsageError for a URL that is none, DataError if nothing is there."""
+    urls = [url for pattern in patterns for url in expanded(pattern)]
+    with ThreadPoolExecutor(COUNTERS) as pool:
+        found = {one.shard.url: one for listed in pool.map(_listed, urls) for one in listed}
+        every = list(found.values())
+        chunks = [every[i : i + CHUNK] for i in range(0, len(every), CHUNK)]
+        counts = [count for chunk in track(chunks) for count in pool.map(_counted, chunk)]
+    rows = [(one.shard.size, one.shard.stamp, count) for one, count in zip(every, counts, strict=True)]
+    return SetIndex.of("", list(found), rows)
 
 
-def _listed(filesystem: Any, path: str, pattern: str) -> dict[str, int]:
-    """Path -> bytes of the shards of a URL, folder or pattern."""
-    single = None if "*" in path else _file_info(filesystem, path)
-    if single is not None:
-        found = {path: single}
-    else:
-        found = filesystem.glob(path if "*" in path else f"{path.rstrip('/')}/*.tar", detail=True)
-    if not found:
+def expanded(pattern: str) -> list[str]:
+    """A pattern's {000..123} written out; webdataset's notation."""
+    span = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if span is None:
+        return [pattern]
+    first, last = span.groups()
+    numbers = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    return [pattern[: span.start()] + number + rest for number in numbers for rest in expanded(pattern[span.end() :])]
+
+
+def copy(shard: Shard, file: Path) -> None:
+    """Fetch a shard whole. Raises FileNotFoundError if it is not there any more, DataError if it cannot be fetched or
+    is not what was listed."""
+    filesystem, path = _filesystem(shard.url)
+
+    def attempt() -> None:
+        filesystem.get_file(path, str(file))
+        info = _file_info(filesystem, path)
+        if info is None:
+            raise OSError("it was there and is not any more")
+        if (info["size"], _stamp(info)) != (shard.size, shard.stamp):
+            raise DataError(
+                f"{shard.url} is not what it was when it was listed (then {shard.size} bytes, now {info['size']}); "
+                "list the set again with `python -m encoders.data.index`"
+            )
+        if file.stat().st_size != shard.size:
+            raise OSError(f"cut after {file.stat().st_size} of {shard.size} bytes")
+
+    _retried(shard.url, attempt)
+
+
+def _listed(pattern: str) -> list[_Listed]:
+    """The shards of a URL, folder or pattern with *."""
+    filesystem, path = _filesystem(pattern)
+    infos = _retried(pattern, lambda: _infos(filesystem, path))
+    if not infos:
         raise DataError(f"{pattern}: no shard there; give the URL of a tar, of a folder of tars, or a pattern with *")
-    unsized = [name for name, info in found.items() if info["size"] is None]
+    unsized = [name for name, info in infos.items() if info["size"] is None]
     if unsized:
         raise DataError(f"{unsized[0]}: the server does not say how large it is, so a cut copy could not be told")
-    return {name: info["size"] for name, info in found.items()}
+    stats = _retried(pattern, lambda: _stats_files(filesystem, list(infos)))
+    listed = []
+    for name in sorted(infos):
+        if is_remote(pattern):
+            shard = Shard(filesystem.unstrip_protocol(name), infos[name]["size"], _stamp(infos[name]))
+        else:
+            shard = Shard(str(Path(name).resolve()), infos[name]["size"], Path(name).stat().st_mtime_ns)
+        listed.append(_Listed(shard, filesystem, name, stats.get(name)))
+    return listed
+
+
+def _infos(filesystem: Any, path: str) -> dict[str, dict[str, Any]]:
+    """Path -> what the file system says about it."""
+    single = None if "*" in path else _file_info(filesystem, path)
+    if single is not None:
+        return {path: single}
+    found: dict[str, dict[str, Any]] = filesystem.glob(
+        path if "*" in path else f"{path.rstrip('/')}/*.tar", detail=True
+    )
+    return found
 
 
 def _file_info(filesystem: Any, path: str) -> dict[str, Any] | None:
     """What a file system says about a file; None if there is none."""
     try:
         info: dict[str, Any] = filesystem.info(path)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        # fsspec calls every failure of a web server "not found"; the cause is what it was.
+        if error.__cause__ is not None and vars(error.__cause__).get("status") not in NOT_THERE:
+            raise OSError(repr(error.__cause__)) from error
         return None
     return info if info["type"] == "file" else None
 
 
-def _stats_files(filesystem: Any, shards: Iterable[str]) -> dict[str, str]:
+def _stamp(info: dict[str, Any]) -> int:
+    """The version of a content as a number; negative, so that it is no file's time."""
+    version = next((info[name] for name in VERSIONS if info.get(name)), "")
+    # A list and a file's own entry write the same version differently.
+    version = str(version.timestamp()) if isinstance(version, datetime) else str(version).strip('"')
+    return -1 - (int.from_bytes(hashlib.sha256(version.encode()).digest()[:8], "big") >> 1)
+
+
+def _stats_files(filesystem: Any, shards: list[str]) -> dict[str, str]:
     """Shard -> the file in which img2dataset counted it, where there is one."""
-    wanted = {shard: f"{shard.removesuffix('.tar')}{STATS}" for shard in shards}
+    wanted = {shard: stats_of(shard) for shard in shards}
     if len(wanted) == 1:  # not every server can list
         return {shard: file for shard, file in wanted.items() if _file_info(filesystem, file) is not None}
     folders = {shard.rpartition("/")[0] for shard in shards}
@@ -87,21 +157,29 @@ def _stats_files(filesystem: Any, shards: Iterable[str]) -> dict[str, str]:
     return {shard: file for shard, file in wanted.items() if file in there}
 
 
-def _successes(file: str, content: bytes | Exception) -> int:
+def stats_of(shard: str) -> str:
+    """The file beside a shard in which img2dataset counts it."""
+    return f"{shard.removesuffix('.tar')}{STATS}"
+
+
+def _counted(listed: _Listed) -> int:
+    """The number of samples of a shard."""
+    file = listed.stats
+    if file is None:
+        return _retried(listed.shard.url, lambda: _counted_by_reading(listed.filesystem, listed.path))
+    content = _retried(file, lambda: listed.filesystem.cat_file(file))
     try:
-        if isinstance(content, Exception):
-            raise DataError(f"{file} cannot be read: {content}")
         return int(json.loads(content)["successes"])
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file} does not say how many downloads were successes ({error!r}); remove it") from error
 
 
-def _counted(filesystem: Any, path: str) -> int:
-    """Samples of a shard without such a file. Not every server can seek, so it is fetched."""
+def _counted_by_reading(filesystem: Any, path: str) -> int:
+    """Not every server can seek, so the shard is fetched."""
     with TemporaryDirectory() as folder:
         filesystem.get_file(path, f"{folder}/shard.tar")
         with Path(folder, "shard.tar").open("rb") as stream:
-            return len(scan(stream, Path(folder, "shard.tar").stat().st_size))
+            return len(scan(stream, os.fstat(stream.fileno()).st_size))
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
@@ -114,91 +192,16 @@ def _filesystem(url: str) -> tuple[Any, str]:
         raise UsageError(f"{url}: {error}") from error
 
 
-class ShardCache:
-    """Copies of remote shards in a folder of at most `gigabytes`; the least recently used go first."""
-
-    def __init__(self, folder: Path | None, gigabytes: float):
-        self.folder = (folder or user_cache()) / "shards"
-        self.room = int(gigabytes * 2**30)
-        self._pool: ThreadPoolExecutor | None = None
-
-    def fetched(self, url: str, size: int) -> Path:
-        """The local copy of a shard, fetched if need be.
-
-        Raises BadSample if there is no such shard, DataError if it cannot be fetched or is not of this size.
-        """
-        file = self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.tar"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(file.with_suffix(".lock")):
-            if not (file.is_file() and file.stat().st_size == size):
-                self._make_room(size, file)
-                _fetch(url, size, file)
-            os.utime(self._mark(file))  # in use; the copy's own time belongs to its index
-        return file
-
-    def ahead(self, shards: Sequence[tuple[str, int]]) -> None:
-        """Fetch these (url, bytes) in the background, in this order, as far as they fit. What fails here is told when
-        the shard is read."""
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch")
-        total = 0
-        for url, size in shards:
-            total += size
-            if total <= self.room:
-                self._pool.submit(self.fetched, url, size)
-
-    def _make_room(self, size: int, wanted: Path) -> None:
-        """Remove the least recently used copies until one more fits. An open one stays readable for who has it."""
-        if size > self.room:
-            raise DataError(
-                f"a shard of {size / 2**30:.3g} GiB does not fit into a cache of {self.room / 2**30:.3g} GiB; raise "
-                "cache_gb"
-            )
-        with _locked(self.folder / "room.lock"):
-            copies = [
-                (self._mark(file).stat().st_mtime, file.stat().st_size, file) for file in self.folder.glob("*.tar")
-            ]
-            taken = sum(bytes_ for _, bytes_, _ in copies)
-            for _, bytes_, file in sorted(copies):
-                if taken + size <= self.room:
-                    return
-                if file != wanted:
-                    file.unlink()
-                    taken -= bytes_
-
-    @staticmethod
-    def _mark(file: Path) -> Path:
-        """The file whose time says when the copy was used last."""
-        return file.with_suffix(".lock")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pool": None}
-
-
-def _fetch(url: str, size: int, file: Path) -> None:
-    """Copy a URL to a file, whole or not at all; failures are tried again after 1, 2 and 4 seconds."""
-    filesystem, path = _filesystem(url)
-    aside = file.with_suffix(".partial")
-    for attempt in range(TRIES):
+def _retried(url: str, act: Callable[[], T]) -> T:
+    """What `act` returns; its failures are tried again for some minutes. FileNotFoundError passes, as it is none."""
+    pauses = iter(PAUSES)
+    while True:
         try:
-            filesystem.get_file(path, str(aside))
-            break
-        except FileNotFoundError as error:
-            raise BadSample("missing shard", url, "all", "it was there when it was indexed") from error
+            return act()
+        except (FileNotFoundError, DataError):
+            raise
         except Exception as error:  # every protocol fails in its own way
-            if attempt == TRIES - 1:
-                raise DataError(
-                    f"{url} cannot be fetched ({type(error).__name__}: {error}); go on with --resume"
-                ) from error
-            time.sleep(2**attempt)
-    if aside.stat().st_size != size:
-        raise DataError(f"{url} has {aside.stat().st_size} bytes, not {size} as when it was indexed; index it again")
-    aside.replace(file)
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Only one process or thread of this machine at a time."""
-    with file.open("a") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+            pause = next(pauses, None)
+            if pause is None or isinstance(error, HOPELESS):
+                raise DataError(f"{url} cannot be read ({type(error).__name__}: {error}); try again later") from error
+        time.sleep(pause * SystemRandom().uniform(0.5, 1.5))  # not all ranks at once, nor from the run's own draws

@@ -33,8 +33,11 @@ class BadSample(Exception):
     """A sample that cannot be used: counted by `reason` and named, never substituted in silence."""
 
     def __init__(self, reason: str, shard: str, key: str, detail: str):
-        super().__init__(f"{shard}: sample {key!r}: {reason} ({detail})")
-        self.reason, self.shard, self.key = reason, shard, key
+        super().__init__(reason, shard, key, detail)  # what a copy from another process is made of
+        self.reason, self.shard, self.key, self.detail = reason, shard, key, detail
+
+    def __str__(self) -> str:
+        return f"{self.shard}: sample {self.key!r}: {self.reason} ({self.detail})"
 
 
 class Samples(Protocol):
@@ -44,19 +47,27 @@ class Samples(Protocol):
     def sizes(self) -> np.ndarray:
         """Samples of each shard, int64 (shards,). Numbers run through the shards in this order."""
 
+    @property
+    def window(self) -> int:
+        """Samples whose shards can be in use at a time, as `order.StepOrder` takes it."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample:
         """Raises BadSample."""
 
     def key(self, index: int) -> str:
-        """The sample's name, for reports."""
+        """The sample's name, for reports; its place if it has none that can be read. Never raises BadSample."""
+
+    def shard(self, index: int) -> str:
+        """The name of the file that it lies in."""
 
     def fetch_ahead(self, shards: np.ndarray) -> None:
         """Start fetching those of these shards that lie elsewhere, in the background."""
 
     def fingerprint(self) -> str:
-        """sha256 of what the set is made of: names, sizes, times and counts of its files, and how columns are read."""
+        """sha256 of what the set is made of, which a copy of it shares: names, sizes and counts of its files, and how
+        columns are read."""
 
 
 Fields = Callable[[str], Any]

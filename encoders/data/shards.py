@@ -13,13 +13,16 @@ import numpy as np
 
 from encoders.data.captions_table import CaptionTable
 from encoders.data.index import SetIndex, ShardIndex, index_folder, index_shard, place_for
-from encoders.data.remote import ShardCache, is_remote
+from encoders.data.order import WINDOW
+from encoders.data.remote import Shard, is_remote, stats_of
 from encoders.data.samples import MAX_IMAGE, MAX_TEXT, BadSample, Fields, Sample, build, parse_json
+from encoders.data.shard_cache import ShardCache
 from encoders.data.spec import Columns, read_columns
 from encoders.data.tar_headers import Member
 from encoders.errors import DataError
 
 OPEN_SHARDS = 300
+MISSING = ShardIndex.empty("it was there when the set was listed")
 
 
 class TarSamples:
@@ -28,6 +31,8 @@ class TarSamples:
 
     Raises DataError if there is no shard or no sample.
     """
+
+    window = WINDOW
 
     def __init__(
         self,
@@ -39,6 +44,7 @@ class TarSamples:
     ):
         self.columns = columns or read_columns("embedded_world")
         self.captions = captions
+        self.path = path
         self.index = _read_list(path) if path.is_file() else index_folder(path, cache)
         self.cache = ShardCache(cache, cache_gb)
         self._index_cache = cache
@@ -112,8 +118,8 @@ class TarSamples:
 
     def fetch_ahead(self, shards: np.ndarray) -> None:
         """Start fetching those of these shards that lie elsewhere, in the background."""
-        listed = [(self.index.name(int(shard)), int(self.index.bytes[shard])) for shard in shards]
-        self.cache.ahead([(name, size) for name, size in listed if is_remote(name)])
+        listed = [self._listed(int(shard)) for shard in shards]
+        self.cache.ahead([shard for shard in listed if is_remote(shard.url)])
 
     def _place(self, index: int) -> tuple[int, int]:
         """(shard, place in it) of a sample."""
@@ -128,8 +134,9 @@ class TarSamples:
         found, _ = self._opened(shard)
         name = self.shard(index)
         if place >= len(found):
+            reason = "missing shard" if found is MISSING else "damaged tar" if found.damage else "missing sample"
             detail = f"{self.index.counts[shard]} samples were announced; {found.damage or f'it holds {len(found)}'}"
-            raise BadSample("damaged tar" if found.damage else "missing sample", name, f"sample {place}", detail)
+            raise BadSample(reason, name, f"sample {place}", detail)
         if fault := found.fault(place):
             detail = found.damage if fault == "damaged tar" else "the shard holds its members in more than one place"
             raise BadSample(fault, name, found.key(place), detail)
@@ -151,22 +158,52 @@ class TarSamples:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
+        self._close_some()
+        listed = self._listed(shard)
+        found, file = self._fetched(listed) if is_remote(listed.url) else self._local(listed)
+        if len(found) > self.index.counts[shard] and not found.damage:
+            file.close()
+            raise DataError(
+                f"{listed.url} holds {len(found)} samples, not {self.index.counts[shard]} as {stats_of(listed.url)} "
+                f"says; remove that file and {self._again()}"
+            )
+        self._open[shard] = found, file
+        return self._open[shard]
+
+    def _close_some(self) -> None:
+        """Close files that the cache removed, whose room is only now free, and the least recently used of many."""
+        for shard, (_, file) in list(self._open.items()):
+            if os.fstat(file.fileno()).st_nlink == 0:
+                self._open.pop(shard)[1].close()
         while len(self._open) >= OPEN_SHARDS:
             self._open.popitem(last=False)[1][1].close()
-        name, size = self.index.name(shard), int(self.index.bytes[shard])
-        if is_remote(name):
-            file = self.cache.fetched(name, size)
-            found = index_shard(file, self.cache.folder / "index")
-        else:
-            file = Path(self.index.root, name)
-            stat = file.stat() if file.is_file() else None
-            if stat is None or (stat.st_size, stat.st_mtime_ns) != (size, self.index.mtimes[shard]):
-                raise DataError(f"{file} is not what it was when it was indexed; start again to index it anew")
-            found = index_shard(file, place_for(file.parent, self._index_cache))
-        if len(found) > self.index.counts[shard] and not found.damage:
-            raise DataError(f"{name} holds {len(found)} samples, not {self.index.counts[shard]}; index it again")
-        self._open[shard] = (found, file.open("rb", buffering=0))
-        return self._open[shard]
+
+    def _fetched(self, listed: Shard) -> tuple[ShardIndex, BinaryIO]:
+        try:
+            return self.cache.opened(listed)
+        except FileNotFoundError:
+            return MISSING, open(os.devnull, "rb", buffering=0)  # kept as others are, so that it is not asked for again
+
+    def _local(self, listed: Shard) -> tuple[ShardIndex, BinaryIO]:
+        path = Path(self.index.root, listed.url)
+        try:
+            file = path.open("rb", buffering=0)
+        except FileNotFoundError as error:
+            raise DataError(f"{path} is gone since it was indexed; {self._again()}") from error
+        stat = os.fstat(file.fileno())
+        if (stat.st_size, stat.st_mtime_ns) != (listed.size, listed.stamp):
+            file.close()
+            raise DataError(f"{path} is not what it was when it was indexed; {self._again()}")
+        return index_shard(file, place_for(path.parent, self._index_cache) / f"{path.name}.npz"), file
+
+    def _listed(self, shard: int) -> Shard:
+        return Shard(self.index.name(shard), int(self.index.bytes[shard]), int(self.index.stamps[shard]))
+
+    def _again(self) -> str:
+        """How the set is indexed anew."""
+        if self.index.root:
+            return "start again, which indexes it anew"
+        return f"write {self.path} again with `python -m encoders.data.index`"
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": OrderedDict()}  # open files do not travel to loader workers

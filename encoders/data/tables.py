@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from encoders.data.captions_table import CsvFile
+from encoders.data.order import WINDOW
 from encoders.data.samples import MAX_IMAGE, BadSample, Sample, build
 from encoders.data.spec import Columns
 from encoders.errors import DataError, UsageError
@@ -23,6 +24,8 @@ class Rows(Protocol):
 
     sizes: np.ndarray
     """Rows of each part that is best read together, int64."""
+    window: int
+    """Rows whose parts can be in use at a time."""
 
     def row(self, index: int) -> dict[str, Any]:
         """A row's columns. Raises ValueError if it cannot be read."""
@@ -46,6 +49,11 @@ class TableSamples:
         """Samples of each part, int64 (parts,)."""
         return self._rows.sizes
 
+    @property
+    def window(self) -> int:
+        """Samples whose parts can be in use at a time."""
+        return self._rows.window
+
     def __len__(self) -> int:
         return self._total
 
@@ -65,7 +73,13 @@ class TableSamples:
         return self._rows.where(index)
 
     def key(self, index: int) -> str:
-        return self._key(self._read(index), index) if self.columns.key is not None else str(index)
+        """The text in the mapping's key column; of a row that has none, or that cannot be read, the row's number."""
+        if self.columns.key is None:
+            return str(index)
+        try:
+            return self._key(self._read(index), index)
+        except BadSample as error:
+            return error.key
 
     def fetch_ahead(self, shards: np.ndarray) -> None:
         """Nothing: tables lie on this machine."""
@@ -79,10 +93,15 @@ class TableSamples:
         try:
             return self._rows.row(index)
         except ValueError as error:
-            raise BadSample("damaged row", self._rows.where(index), str(index), str(error)) from error
+            raise BadSample("damaged row", self._rows.where(index), self._key({}, index), str(error)) from error
 
     def _key(self, row: dict[str, Any], index: int) -> str:
-        return str(_look_up(row, self.columns.key)) if self.columns.key is not None else str(index)
+        if self.columns.key is None:
+            return str(index)
+        value = _look_up(row, self.columns.key)
+        if value is None or value == "":
+            return f"row {index}"  # not the number alone, which may be another row's key
+        return str(value).encode(errors="backslashreplace").decode()  # bytes of a CSV that are no text
 
     def _image(self, value: Any, shard: str, key: str) -> bytes | None:
         """A picture's bytes from a cell: bytes, a path, or the datasets library's pair of both."""
@@ -116,29 +135,31 @@ class ParquetRows:
     opened is one damaged row."""
 
     def __init__(self, folder: Path, columns: list[str]):
-        import pyarrow
-        import pyarrow.parquet
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError as error:
+            raise UsageError("format parquet needs the extra: pip install 'encoder-swap[tables]'") from error
 
         self.files = sorted(folder.glob("*.parquet")) if folder.is_dir() else []
         if not self.files:
             raise DataError(f"{folder} is no folder of parquet files; name one that is")
         self.columns = columns
-        groups: list[tuple[int, int, int]] = []  # file, group in it (-1: damaged), rows
-        stats = [file.stat() for file in self.files]
+        groups: list[tuple[int, int, int, int]] = []  # file, group in it (-1: damaged), rows, bytes of the columns
         for number, file in enumerate(self.files):
             try:
                 with pyarrow.parquet.ParquetFile(file) as opened:
                     self.columns = _present(columns, opened.schema_arrow.names, file)
-                    counts = [opened.metadata.row_group(i).num_rows for i in range(opened.metadata.num_row_groups)]
-                groups += [(number, i, count) for i, count in enumerate(counts)]
+                    found = [opened.metadata.row_group(i) for i in range(opened.metadata.num_row_groups)]
+                groups += [(number, i, group.num_rows, self._bytes(group)) for i, group in enumerate(found)]
             except (pyarrow.ArrowException, OSError):
-                groups.append((number, -1, 1))
-        self._groups = np.array(groups, dtype=np.int64).reshape(-1, 3)
+                groups.append((number, -1, 1, 0))
+        self._groups = np.array(groups, dtype=np.int64).reshape(-1, 4)
         self.sizes = self._groups[:, 2].copy()
         self._ends = np.cumsum(self.sizes)
-        self._named = str(
-            [(file.name, stat.st_size, stat.st_mtime_ns) for file, stat in zip(self.files, stats, strict=True)]
-        )
+        # Half, for a window may end with part of a group, and the next one begins while some workers are still in it.
+        per_row = self._groups[:, 3].sum() / max(self.sizes.sum(), 1)
+        self.window = int(np.clip(GROUPS_BYTES / 2 / max(per_row, 1), 1, WINDOW))
         self._loaded: OrderedDict[int, Any] = OrderedDict()
 
     def row(self, index: int) -> dict[str, Any]:
@@ -153,7 +174,14 @@ class ParquetRows:
         return self.files[self._groups[np.searchsorted(self._ends, index, side="right"), 0]].name
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"{self._named} {self.sizes.tolist()}".encode()).hexdigest()
+        named = [(file.name, file.stat().st_size) for file in self.files]
+        return hashlib.sha256(f"{named} {self._groups.tolist()}".encode()).hexdigest()
+
+    def _bytes(self, group: Any) -> int:
+        """What the columns of a row group take when they are read."""
+        chunks = (group.column(i) for i in range(group.num_columns))
+        inside = tuple(f"{column}." for column in self.columns)  # a structure's column is stored by its fields
+        return sum(one.total_uncompressed_size for one in chunks if f"{one.path_in_schema}.".startswith(inside))
 
     def _load(self, group: int) -> Any:
         """A row group's table, or the ValueError that says why there is none."""
@@ -163,7 +191,7 @@ class ParquetRows:
         if group in self._loaded:
             self._loaded.move_to_end(group)
             return self._loaded[group]
-        number, place, count = self._groups[group].tolist()
+        number, place, count, _ = self._groups[group].tolist()
         try:
             with pyarrow.parquet.ParquetFile(self.files[number]) as opened:
                 table = opened.read_row_group(place, columns=self.columns, use_threads=False)
@@ -187,11 +215,13 @@ class ParquetRows:
 class DatasetRows:
     """The rows of a folder of `datasets.Dataset.save_to_disk`, mapped into memory."""
 
+    window = WINDOW
+
     def __init__(self, folder: Path, columns: list[str]):
         try:
             import datasets
         except ImportError as error:
-            raise UsageError("format dataset needs the extra: pip install 'encoder-swap[eval]'") from error
+            raise UsageError("format dataset needs the extra: pip install 'encoder-swap[tables]'") from error
         if not (folder / "dataset_info.json").is_file():
             hint = "; it holds several splits: name one of them" if (folder / "dataset_dict.json").is_file() else ""
             raise DataError(f"{folder} is no folder of Dataset.save_to_disk{hint}")
@@ -219,12 +249,14 @@ class DatasetRows:
 
     def fingerprint(self) -> str:
         files = sorted(file for file in self.folder.iterdir() if file.is_file())
-        named = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        named = [(file.name, file.stat().st_size) for file in files]
         return hashlib.sha256(f"{named} {len(self._data)}".encode()).hexdigest()
 
 
 class CsvRows:
     """The rows of a CSV file."""
+
+    window = WINDOW
 
     def __init__(self, file: Path, columns: list[str], cache: Path | None):
         self._csv = CsvFile(file, columns, None, cache)

@@ -8,8 +8,8 @@ from typing import BinaryIO, NamedTuple
 
 BLOCK = 512
 END = bytes(BLOCK)
-MAX_EXTENSION = 2**20  # of a long name or a pax record
-MAX_PADDING = 2**20  # of zeros after the end
+MAX_EXTENSION = 2**16  # of a long name or pax records
+MAX_PADDING = 2**16  # of zeros after the end: more may be samples that a disk lost
 REGULAR = b"0\x007"
 WITHOUT_CONTENT = b"123456"  # links, devices, folders, pipes
 
@@ -106,18 +106,18 @@ def _extension(kind: bytes, content: bytes, position: int) -> dict[str, str]:
     """What the next header takes from an extended one."""
     if kind == b"L":
         return {"path": _text(content.split(b"\0")[0])}
-    found = {}
-    while kind in b"xX" and content.rstrip(b"\0"):
-        digits, _, _ = content.partition(b" ")
+    found: dict[str, str] = {}
+    start, end = 0, len(content.rstrip(b"\0")) if kind in b"xX" else 0
+    while start < end:
+        digits = content[start : start + 8].partition(b" ")[0]
         length = int(digits) if digits.isdigit() and len(digits) < 8 else 0
-        record = content[len(digits) + 1 : length]
-        name, equals, value = record.removesuffix(b"\n").partition(b"=")
-        sound = len(digits) < length <= len(content) and equals and (name != b"size" or value.isdigit())
+        name, equals, value = content[start + len(digits) + 1 : start + length].removesuffix(b"\n").partition(b"=")
+        sound = len(digits) < length <= len(content) - start and equals and (name != b"size" or value.isdigit())
         if not sound or (name == b"size" and len(value) > 18):
-            raise Damage(position, f"an extended header with {content[:40]!r}")
+            raise Damage(position, f"an extended header with {content[start : start + 40]!r}")
         if name in (b"path", b"size"):
             found[name.decode()] = _text(value)
-        content = content[length:]
+        start += length
     return found
 
 

@@ -3,6 +3,7 @@ equals the exported image processor. Everything stays uint8 until the device."""
 
 import io
 import math
+import re
 import struct
 import warnings
 
@@ -16,12 +17,16 @@ from torchvision.transforms import InterpolationMode
 
 from encoders.config import JitterConfig, PreprocessConfig
 
-MAX_PIXELS = 2**26
-"""A larger picture is refused by its header alone: 64 Mi pixels are 192 MiB of RGB."""
+MAX_PIXELS = 2**25
+"""Refused by the header alone, as the next two: so no picture takes more than 0.5 GiB or 2 seconds to decode."""
+MAX_ASPECT = 100  # long side to short side: a resize that keeps it makes that many squares
+MAX_SCANS = 32  # of a JPEG, each of which runs over the whole picture; encoders write up to 18
+JPEG = b"\xff\xd8"
 PNG = b"\x89PNG\r\n\x1a\n"
 # JPEG markers that start a frame and hold its size, and those that stand alone, without a length.
 FRAME_STARTS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 STANDALONE = frozenset(range(0xD0, 0xD9)) | {0x01}
+SCAN = re.compile(rb"\xff\xda\0(\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")  # marker, length, components: no chance find
 
 # torchvision 0.29 announces a move of its decoders to torchcodec, which is the same code and, for now, no faster:
 # `python benchmarks/loader.py` compares them.
@@ -29,29 +34,36 @@ warnings.filterwarnings("ignore", message="The image decoding and encoding capab
 
 
 class PictureTooLarge(RuntimeError):
-    """A picture whose header announces more than MAX_PIXELS."""
+    """A picture whose size or number of scans would cost a decoder too much."""
 
 
 def decode(image: bytes) -> Tensor:
     """JPEG, PNG or WebP bytes -> uint8 RGB (3,H,W), byte-equal to Pillow's `convert("RGB")`; 16-bit samples keep their
-    high byte. Raises PictureTooLarge before decoding, RuntimeError for anything else that is not a whole picture."""
+    high byte. Raises PictureTooLarge before decoding, RuntimeError for anything else that is not a whole picture; a
+    JPEG must have its end marker."""
     height, width = picture_size(image)
     if height * width > MAX_PIXELS:
         raise PictureTooLarge(f"its header announces {width} x {height} pixels, more than {MAX_PIXELS}")
+    if max(height, width) > MAX_ASPECT * min(height, width) > 0:
+        raise PictureTooLarge(f"its header announces {width} x {height} pixels, sides of more than {MAX_ASPECT} : 1")
     if image.startswith(PNG):
-        return _decode_png(image)
+        return _decode_png(image, height, width)
+    if image.startswith(JPEG) and (scans := sum(1 for _ in SCAN.finditer(image))) > MAX_SCANS:
+        raise PictureTooLarge(f"a JPEG of {scans} scans, more than {MAX_SCANS}")
     return decode_image(torch.frombuffer(bytearray(image), dtype=torch.uint8), mode=ImageReadMode.RGB)
 
 
-def _decode_png(image: bytes) -> Tensor:
+def _decode_png(image: bytes, height: int, width: int) -> Tensor:
     """By Pillow: torchvision's decoder ends the process (SIGSEGV) at most damaged PNGs."""
     try:
         with Image.open(io.BytesIO(image), formats=["PNG"]) as picture:
+            if picture.size != (width, height):  # nothing is decoded yet; Pillow takes the last of several headers
+                raise ValueError(f"a second header announces {picture.width} x {picture.height} pixels")
             if picture.mode.startswith("I"):  # 16 bits of grey, which `convert` would clip at 255
                 grey = torch.from_numpy(np.asarray(picture, dtype=np.int32) >> 8).to(torch.uint8)
                 return grey.expand(3, -1, -1)  # (H,W) -> (3,H,W)
             return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)  # (H,W,3) -> (3,H,W)
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's, for a broken file
+    except Exception as error:  # Pillow's, for a broken file: of every kind, AssertionError and IndexError among them
         raise RuntimeError(f"not a whole PNG ({error})") from error
 
 
@@ -63,16 +75,22 @@ def picture_size(image: bytes) -> tuple[int, int]:
     if not image:
         raise RuntimeError("the picture has no bytes")
     try:
-        if image.startswith(b"\xff\xd8"):
+        if image.startswith(JPEG):
             return _jpeg_size(image)
         if image.startswith(PNG):
-            width, height = struct.unpack_from(">II", image, 16)
-            return height, width
+            return _png_size(image)
         if image.startswith(b"RIFF") and image[8:12] == b"WEBP":
             return _webp_size(image)
     except (IndexError, struct.error) as error:
         raise RuntimeError("the picture's header is cut") from error
     raise RuntimeError("neither a JPEG, a PNG nor a WebP picture")
+
+
+def _png_size(image: bytes) -> tuple[int, int]:
+    if image[8:16] != b"\0\0\0\x0dIHDR":
+        raise RuntimeError("a PNG that does not begin with its header")
+    width, height = struct.unpack_from(">II", image, 16)
+    return height, width
 
 
 def _jpeg_size(image: bytes) -> tuple[int, int]:
@@ -100,6 +118,8 @@ def _webp_size(image: bytes) -> tuple[int, int]:
     if kind == b"VP8L":  # lossless: width and height less one, 14 bits each
         bits = struct.unpack_from("<I", image, 21)[0]
         return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
+    if kind != b"VP8 ":  # which a decoder may take for a bare stream of another size
+        raise RuntimeError(f"a WebP whose first chunk is {kind!r}")
     width, height = struct.unpack_from("<HH", image, 26)  # lossy: 14 bits each below two of scaling
     return height & 0x3FFF, width & 0x3FFF
 
@@ -140,8 +160,10 @@ def colour_jitter(image: Tensor, config: JitterConfig, rng: np.random.Generator)
 
 
 def eval_transform(image: Tensor, size: int, config: PreprocessConfig) -> Tensor:
-    """Short side to `size`, then the centre: uint8 (3,H,W) -> uint8 (3,size,size); CLIPImageProcessor's way."""
-    resized = TF.resize(image, [size], interpolation=InterpolationMode(config.interpolation), antialias=True)
+    """Short side to `size` and the centre, or all squashed into the square: uint8 (3,H,W) -> uint8 (3,size,size);
+    CLIPImageProcessor's way."""
+    sides = [size, size] if config.resize == "squash" else [size]
+    resized = TF.resize(image, sides, interpolation=InterpolationMode(config.interpolation), antialias=True)
     return TF.center_crop(resized, [size, size])
 
 

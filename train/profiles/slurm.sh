@@ -35,11 +35,13 @@ torchrun)
 esac
 
 # SLURM signals this shell (B: above). Launchers do not hand a signal on as it is, so the ranks are asked directly.
-ask_ranks() { srun --overlap --ntasks-per-node=1 python -m train.signals "$out"; }
-trap ask_ranks USR1 TERM
-
+# They can be asked once they are all there; until then, again.
+ask_ranks() {
+    while kill -0 "$job" 2>/dev/null && ! srun --overlap --ntasks-per-node=1 python -m train.signals "$out"; do sleep 5; done
+}
 srun --kill-on-bad-exit=1 bash -c "$launch" bash "$script" --run.out "$out" "$@" --resume &
 job=$!
+trap ask_ranks USR1 TERM
 wait "$job"
 code=$?
 while kill -0 "$job" 2>/dev/null; do # a trapped signal ends `wait` early
