@@ -20,9 +20,11 @@ from pathlib import Path
 import torch
 from measure import Bar, conclude
 
-from encoders import encoder_run, manifest, objectives, open_clip_export, safetensors_file
+from encoders import encoder_run, manifest, objectives
 from encoders.config import EncoderConfig, TextConfig, VisionConfig
 from encoders.data.tokenizers import CaptionTokenizer
+from encoders.export import open_clip as open_clip_export
+from encoders.weights import safetensors_file
 
 L14 = VisionConfig(image_size=336, patch_size=14, width=1024, layers=24, heads=16, mlp_width=4096)
 CLIPS = replace(L14, pre_norm=False, pool="mean", norm_after_pool=True, position_table="sincos2d", norm_eps=1e-6)
@@ -58,7 +60,7 @@ def main() -> None:
         source, out = Path(place, "source"), Path(place, "encoder")
         subprocess.run([sys.executable, __file__, "--source", options.source, "--write", str(source)], check=True)
         began = time.monotonic()
-        command = [sys.executable, "-m", "encoders.export", str(source), str(out)]
+        command = [sys.executable, "-m", "encoders.export.command", str(source), str(out)]
         child = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "2"})
         _, status, usage = os.wait4(child.pid, 0)
         seconds = time.monotonic() - began

@@ -42,7 +42,7 @@ def main() -> None:
         for title, (width, layers, size) in SHAPES.items():
             folder = Path(root) / f"{width}"
             parameters = write_sparse(folder, width, layers, size)
-            command = [sys.executable, "-m", "encoders.inspection", str(folder)]
+            command = [sys.executable, "-m", "encoders.inspection.command", str(folder)]
             seconds = wall(f"{title}, {parameters / 1e6:.0f} M: inspect-encoder", command, arguments.rounds)
             wall("  config and keys by transformers and safetensors", [sys.executable, "-c", RIVAL, str(folder)], 3)
             bars.append(Bar(f"{title}: seconds to inspect", seconds, "at most", 1.0))

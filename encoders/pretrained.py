@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from encoders.errors import ModelError
-from encoders.fold import warn_of_float16
+from encoders.export.fold import warn_of_float16
 
 
 def load_strict(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:

@@ -82,7 +82,8 @@ def evaluate(run: Path, specs: Sequence[ZeroShotSpec], device: str, batch_size: 
     """
     import torch
 
-    from encoders import encoder_run, two_towers
+    from encoders import encoder_run
+    from encoders.export import two_towers
     from eval.zero_shot_score import open_sets
 
     if device == "auto":

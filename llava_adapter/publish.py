@@ -9,10 +9,11 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from encoders import hub, manifest
+from encoders import manifest
 from encoders.errors import UsageError, run_command
 from encoders.manifest import Manifest
-from encoders.publishable import ADAPTER, ADAPTER_CONFIG, CARD, read_seal, sha256
+from encoders.publish import hub
+from encoders.publish.publishable import ADAPTER, ADAPTER_CONFIG, CARD, read_seal, sha256
 
 
 def cli() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from encoders.errors import ModelError, UsageError
-from encoders.fold import refuse_training
+from encoders.export.fold import refuse_training
 
 MODES = {"vision": ("frozen",), "projector": ("frozen", "full"), "llm": ("frozen", "lora", "full")}
 # A full path: module names alone (q_proj, ...) would also match the vision tower.

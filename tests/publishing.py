@@ -14,7 +14,7 @@ from conftest import write_encoder
 from hub_server import HubServer, serve
 
 from encoders import manifest
-from encoders.publishable import public_manifest
+from encoders.publish.publishable import public_manifest
 
 TOKEN = "hf_" + "loopback" * 4
 REPO = "someone/encoder"

@@ -17,13 +17,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, CLIPModel, CLIPVisionModel
 
-from encoders import encoder_run, export, manifest, parity, two_towers
+from encoders import encoder_run, manifest
 from encoders.config import EncoderConfig, PreprocessConfig
 from encoders.data.tokenizers import pad_texts
 from encoders.data.transforms import eval_transform
 from encoders.errors import DataError, ModelError, ParityError, UsageError
-from encoders.image_head import image_embedding
-from encoders.parity import fixed_images
+from encoders.export import command as export
+from encoders.export import parity, two_towers
+from encoders.export.image_head import image_embedding
+from encoders.export.parity import fixed_images
 from encoders.vision import sincos2d_table
 from eval import zero_shot_run
 
@@ -264,7 +266,7 @@ def test_source_is_let_go_before_the_folder_is_loaded(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two copies of the weights at a time would not fit where one does."""
-    from encoders import sources
+    from encoders.sources import source as sources
 
     seen, opened, certified = [], sources.open_source, parity.certify
 
@@ -285,7 +287,7 @@ def test_source_is_let_go_before_the_folder_is_loaded(
 def test_a_source_that_our_tower_does_not_repeat_is_refused(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from encoders import sources
+    from encoders.sources import source as sources
 
     opened = sources.open_source
 
@@ -345,7 +347,7 @@ def test_out_is_never_clobbered(run: Path, tmp_path: Path) -> None:
     ],
 )
 def test_command_line(run: Path, tmp_path: Path, options: list[str], code: int, words: str) -> None:
-    command = [sys.executable, "-m", "encoders.export", str(run), str(tmp_path / "out"), *options]
+    command = [sys.executable, "-m", "encoders.export.command", str(run), str(tmp_path / "out"), *options]
     found = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (found.returncode, words in found.stdout + found.stderr) == (code, True), found.stderr
     assert not (tmp_path / "out").exists()

@@ -11,12 +11,12 @@ from encoder_runs import CLIPS, TINY, write_run
 from torch import Tensor
 from transformers import CLIPVisionModel
 
-from encoders import encoder_run, fold, manifest
+from encoders import encoder_run, manifest
 from encoders.config import VisionConfig
 from encoders.errors import ModelError
-from encoders.export import export
-from encoders.image_head import image_embedding
-from encoders.parity import fixed_images
+from encoders.export.command import export, fold
+from encoders.export.image_head import image_embedding
+from encoders.export.parity import fixed_images
 from encoders.pretrained import load_strict
 from encoders.vision import VisionTower
 from llava_adapter import tuning

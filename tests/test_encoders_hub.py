@@ -20,8 +20,9 @@ from publishing import made as made
 from publishing import server as server
 from safetensors.torch import load_file, save_file
 
-from encoders import hub, manifest
+from encoders import manifest
 from encoders.errors import ModelError, UsageError
+from encoders.publish import hub
 
 
 def test_one_private_commit_that_downloads_as_the_same_artifact(server: HubServer, encoder: Path) -> None:

@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
 from encoders.errors import ModelError
-from encoders.inspection import describe, differences, table
-from encoders.layouts import find_tower
-from encoders.tensor_headers import read_header
-from encoders.tensor_values import is_folded, non_finite
+from encoders.inspection.command import describe, differences, table
+from encoders.inspection.layouts import find_tower
+from encoders.weights.headers import read_header
+from encoders.weights.values import is_folded, non_finite
 
 OPEN_CLIP: dict[str, Any] = {
     "embed_dim": 16,
@@ -84,7 +84,7 @@ def test_a_file_without_a_config_states_only_what_its_shapes_say(tmp_path: Path)
 
 
 def test_a_run_and_its_export_line_up(tmp_path: Path) -> None:
-    from encoders.export import export
+    from encoders.export.command import export
 
     run = write_run(tmp_path / "run", **CLIPS)
     export(run, tmp_path / "out")
@@ -181,7 +181,7 @@ def test_towers_that_are_none_are_refused(tmp_path: Path) -> None:
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-X", "importtime", "-m", "encoders.inspection", *arguments]
+    line = [sys.executable, "-X", "importtime", "-m", "encoders.inspection.command", *arguments]
     return subprocess.run(line, capture_output=True, text=True, timeout=60)
 
 

@@ -12,11 +12,11 @@ from encoder_runs import CLIPS, write_run
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from encoders import manifest, parity
+from encoders import manifest
 from encoders.errors import ModelError, ParityError
-from encoders.export import export
-from encoders.parity import Expected, certify
-from encoders.sources import open_source
+from encoders.export.command import export, parity
+from encoders.export.parity import Expected, certify
+from encoders.sources.source import open_source
 
 State = dict[str, Tensor]
 LAYER = "vision_model.encoder.layers"

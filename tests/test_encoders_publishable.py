@@ -14,8 +14,8 @@ from publishing import made as made
 from publishing import server as server
 from safetensors.torch import load_file, save_file
 
-from encoders import hub
 from encoders.errors import DataError, ModelError, ParityError, SwapError, UsageError
+from encoders.publish import hub
 
 
 def rewrite(name: str, change: Callable[[str], str]) -> Callable[[Path], None]:

@@ -27,9 +27,9 @@ from encoders import encoder_run, manifest
 from encoders.config import EncoderConfig, TextConfig, VisionConfig
 from encoders.data.tokenizers import CaptionTokenizer, pad_texts
 from encoders.errors import ModelError, UsageError
-from encoders.export import export
+from encoders.export.command import export
 from encoders.objectives import build
-from encoders.sources import Source, open_source
+from encoders.sources.source import Source, open_source
 from encoders.vision import resize_table, sincos2d_table
 
 BOUND = 1e-5  # of the largest activation
@@ -249,7 +249,7 @@ def test_openai_weights_under_a_gelu_config_are_refused(bare_file: Callable[...,
 
 
 def test_a_name_of_open_clips_brings_the_preprocessing_of_its_weights(tmp_path: Path) -> None:
-    from encoders.open_clip_import import named_config
+    from encoders.sources.open_clip import named_config
 
     _, clipa = named_config("ViT-L-14-CLIPA")
     assert (clipa["mean"], clipa["interpolation"], clipa["resize_mode"]) == (

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from encoders.errors import ModelError
-from encoders.weights_files import Weights, inside
+from encoders.weights.files import Weights, inside
 
 
 class Trap:

@@ -16,9 +16,11 @@ from publishing import server as server
 from safetensors.torch import save_file
 from transformers import CLIPVisionModel
 
-from encoders import export, hub, manifest
+from encoders import manifest
 from encoders.errors import DataError, ModelError, UsageError
-from encoders.sources import open_source
+from encoders.export import command as export
+from encoders.publish import hub
+from encoders.sources.source import open_source
 from llava_adapter import publish as publish_model
 
 

@@ -17,8 +17,8 @@ from encoder_runs import CLIPS, write_run
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, CLIPVisionModel, LlavaForConditionalGeneration
 
-from encoders.export import export
-from encoders.parity import fixed_images
+from encoders.export.command import export
+from encoders.export.parity import fixed_images
 
 # Two libraries must be older than transformers 5 allows; everything else is shared.
 TOKENIZERS = {"4.37.2": "0.15.2", "4.46.3": "0.20.3", "4.57.6": "0.22.1"}

@@ -51,9 +51,9 @@ def test_no_module_is_named_like_a_dependency() -> None:
 @pytest.mark.parametrize(
     ("command", "code"),
     [
-        (["-m", "encoders.export", "--help"], 0),
-        (["-m", "encoders.export"], 2),
-        (["-m", "encoders.inspection", "--help"], 0),
+        (["-m", "encoders.export.command", "--help"], 0),
+        (["-m", "encoders.export.command"], 2),
+        (["-m", "encoders.inspection.command", "--help"], 0),
         (["-m", "llava_adapter.publish", "--help"], 0),
         (["-m", "eval.run", "--help"], 0),
         (["-m", "eval.compare", "--help"], 0),

@@ -21,7 +21,7 @@ from encoders.data.tokenizers import FILE as TOKENIZER_FILE
 from encoders.data.tokenizers import CaptionTokenizer
 from encoders.errors import ModelError, UsageError
 from encoders.objective import Objective
-from encoders.sources import open_source
+from encoders.sources.source import open_source
 from eval.zero_shot import chance_r1, recalls, retrieval_ranks
 from eval.zero_shot_score import open_sets
 from train.cached_step import cached_step

@@ -88,7 +88,9 @@ def plan(config: SwapConfig) -> list[Stage]:
             script = "finetune_resolution.py"
             run = train(f"{arm}/resolution", script, config.resolution, [run.out], [run], "--init", run.out)
         folder = work / arm / "encoder"
-        encoder = add(f"{arm}/encoder", "encoders.export", [run.out, folder, "--overwrite"], [run.out], folder, [run])
+        encoder = add(
+            f"{arm}/encoder", "encoders.export.command", [run.out, folder, "--overwrite"], [run.out], folder, [run]
+        )
         words: list[object] = ["--stage", "projector", "--encoder", folder, "--llm", llm]
         ready = [encoder, *llm_ready]
         projector = train(f"{arm}/projector", "tune_llava.py", config.projector, [folder, llm], ready, *words)

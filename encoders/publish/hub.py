@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from encoders.errors import SwapError, UsageError
 from encoders.manifest import MANIFEST
-from encoders.publishable import ADDED_BY_HAND, CARD, Content, Publishable, check, read, sha256, size
+from encoders.publish.publishable import ADDED_BY_HAND, CARD, Content, Publishable, check, read, sha256, size
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -13,12 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from encoders import image_head
 from encoders.config import PreprocessConfig, TextConfig, VisionConfig
 from encoders.errors import ModelError, UsageError
-from encoders.fold import FOLDED
-from encoders.tower_weights import check_table
-from encoders.weights_files import Weights, inside
+from encoders.export import image_head
+from encoders.export.fold import FOLDED
+from encoders.sources.tower_weights import check_table
+from encoders.weights.files import Weights, inside
 
 WEIGHTS = (
     *("model.safetensors", "model.safetensors.index.json"),

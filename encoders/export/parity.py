@@ -2,7 +2,7 @@
 implementation on fixed pictures, per dtype and layer.
 
 Outputs are compared token by token; of a folded tower's hidden states each token's channel mean is taken away first
-(encoders/fold.py) and the raw difference stated beside it. Shapes: B pictures, N patches, D width, E joint embedding.
+(fold.py) and the raw difference stated beside it. Shapes: B pictures, N patches, D width, E joint embedding.
 """
 
 import json
@@ -21,10 +21,10 @@ from transformers import AutoImageProcessor, CLIPVisionModel
 from encoders.config import PreprocessConfig, VisionConfig
 from encoders.data.transforms import eval_transform
 from encoders.errors import ParityError
-from encoders.fold import FOLDED
-from encoders.image_head import image_embedding
+from encoders.export.fold import FOLDED
+from encoders.export.image_head import image_embedding
 from encoders.pretrained import load_strict
-from encoders.sources import Source
+from encoders.sources.source import Source
 from encoders.vision import ACTIVATIONS, VisionTower
 
 LAYERS = ("hidden_states[-2]", "last_hidden_state", "pooler_output")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from encoders import open_clip_config
 from encoders.config import EncoderConfig, PreprocessConfig, VisionConfig
 from encoders.errors import ModelError
+from encoders.sources import open_clip_config
 
 TRANSFORMERS_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from encoders.tensor_headers import TensorHeader
+from encoders.weights.headers import TensorHeader
 
 HF = {
     "patches": "embeddings.patch_embedding.weight",  # (D,3,P,P)

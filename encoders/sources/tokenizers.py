@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from encoders.data.tokenizers import END, FILE, START, CaptionTokenizer, Kind
 from encoders.errors import ModelError
-from encoders.open_clip_import import open_clip_class
-from encoders.weights_files import inside
+from encoders.sources.open_clip import open_clip_class
+from encoders.weights.files import inside
 
 VOCABULARIES: dict[Kind, tuple[str, ...]] = {"bert": ("vocab.txt",), "clip": ("vocab.json", "merges.txt")}
 

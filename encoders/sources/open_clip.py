@@ -13,8 +13,8 @@ from torch import Tensor
 
 from encoders.config import TextConfig, VisionConfig
 from encoders.errors import ModelError, UsageError
-from encoders.tower_weights import check_table, is_sincos2d
-from encoders.weights_files import Weights
+from encoders.sources.tower_weights import check_table, is_sincos2d
+from encoders.weights.files import Weights
 
 Take = Callable[[str], Tensor]
 Pairs = Iterator[tuple[str, Tensor]]

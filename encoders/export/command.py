@@ -17,8 +17,8 @@ from encoders.errors import UsageError, run_command
 
 if TYPE_CHECKING:
     from encoders.config import PreprocessConfig, VisionConfig
-    from encoders.fold import Fold
-    from encoders.sources import Source
+    from encoders.export.fold import Fold
+    from encoders.sources.source import Source
     from encoders.vision import VisionTower
 
 WEIGHTS_FILE, PARITY_FILE, CARD_FILE = "model.safetensors", "parity.json", "README.md"
@@ -65,7 +65,7 @@ def main() -> None:
         revision=asked.revision,
     )
     if asked.push_to_hub is not None:
-        from encoders import hub
+        from encoders.publish import hub
 
         hub.publish(asked.out, asked.push_to_hub, public=asked.public, dry_run=asked.dry_run, create_pr=asked.create_pr)
 
@@ -90,14 +90,14 @@ def export(
     if resize is not None and image_size is None:
         raise UsageError("--resize belongs to --image-size; without it the position table stays as it is")
     manifest.refuse_to_clobber(out, "encoder", overwrite)
-    from encoders.sources import open_source
+    from encoders.sources.source import open_source
 
     # Handed over without a name here, so that `_write` can let go of it.
     _write(open_source(str(source), model_name, revision), out, overwrite, image_size, resize or "open_clip", with_text)
 
 
 def _write(source: "Source", out: Path, overwrite: bool, image_size: int | None, resize: str, with_text: bool) -> None:
-    from encoders import card, parity, two_towers
+    from encoders.export import card, parity, two_towers
 
     if with_text:
         two_towers.refuse(source)
@@ -136,8 +136,9 @@ def write_folder(
     folder: Path,
 ) -> None:
     """What transformers reads (config, weights, image processor) and what makes an image embedding of its output."""
-    from encoders import image_head, safetensors_file
-    from encoders.fold import folded_state
+    from encoders.export import image_head
+    from encoders.export.fold import folded_state
+    from encoders.weights import safetensors_file
 
     state = folded_state(tower, fold) if fold else tower.model.state_dict()
     # Written here and not by save_pretrained: transformers 5 drops the prefix, and 4.x then loads a random tower.
@@ -225,7 +226,7 @@ def metadata(provenance: dict[str, Any]) -> dict[str, str]:
 
 
 def _fold(tower: "VisionTower", pixels: Any) -> "Fold | None":
-    from encoders import fold
+    from encoders.export import fold
 
     if tower.config.pre_norm:
         return None

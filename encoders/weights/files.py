@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from encoders.errors import ModelError
-from encoders.tensor_headers import TensorHeader, read_header
+from encoders.weights.headers import TensorHeader, read_header
 
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile
 FLOATS = ("F64", "F32", "F16", "BF16")

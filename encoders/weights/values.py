@@ -5,7 +5,7 @@ import struct
 from collections.abc import Iterator, Mapping
 
 from encoders.errors import ModelError
-from encoders.tensor_headers import TensorHeader
+from encoders.weights.headers import TensorHeader
 
 # The exponent bits: all of them set means NaN or infinity.
 EXPONENTS = {"F64": 0x7FF0 << 48, "F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
@@ -53,7 +53,7 @@ def _blocks(tensor: TensorHeader) -> Iterator[bytes]:
 
 def is_folded(weight: TensorHeader, bias: TensorHeader) -> bool:
     """Whether a norm (weight (D,), bias (D,)) is no trained one but the large constant that stands for its absence
-    (encoders/fold.py): one power of two above 1, without bias."""
+    (encoders/export/fold.py): one power of two above 1, without bias."""
     weights, biases = set(_values(weight)), set(_values(bias))
     constant = max(weights)
     return len(weights) == 1 and biases == {0.0} and constant > 1 and math.frexp(constant)[0] == 0.5

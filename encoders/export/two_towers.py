@@ -18,20 +18,22 @@ from tokenizers import Tokenizer, processors
 from torch import Tensor
 from transformers import CLIPModel
 
-from encoders import clip_model_export, open_clip_export, safetensors_file
 from encoders.config import EncoderConfig, TextConfig
 from encoders.data.tokenizers import BOS, END, EOS, PAD, START, CaptionTokenizer, pad_texts
 from encoders.data.tokenizers import FILE as TOKENIZER_FILE
 from encoders.dual_encoder import DualEncoder
 from encoders.errors import ModelError, ParityError, UsageError
-from encoders.image_head import PROJECTION, PROJECTION_FILE
+from encoders.export import clip_model as clip_model_export
+from encoders.export import open_clip as open_clip_export
+from encoders.export.image_head import PROJECTION, PROJECTION_FILE
+from encoders.export.parity import EMBEDDING, MAX_RELATIVE_ERROR, Expected
 from encoders.manifest import write_json
-from encoders.open_clip_import import open_clip_class, read_text, read_vision
-from encoders.parity import EMBEDDING, MAX_RELATIVE_ERROR, Expected
 from encoders.pretrained import load_strict
-from encoders.sources import Source
-from encoders.tower_weights import build_towers, build_vision
-from encoders.weights_files import Weights
+from encoders.sources.open_clip import open_clip_class, read_text, read_vision
+from encoders.sources.source import Source
+from encoders.sources.tower_weights import build_towers, build_vision
+from encoders.weights import safetensors_file
+from encoders.weights.files import Weights
 
 CONFIG_FILE = "two_towers.json"
 """The EncoderConfig of both towers; their weights are open_clip's file."""

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from encoders.errors import ModelError, run_command
-from encoders.layouts import Tower, find_tower
-from encoders.loads_on import loads_on
-from encoders.stated import OPEN_CLIP_WEIGHTS, TRANSFORMERS_WEIGHTS, Stated, read_configs
-from encoders.tensor_headers import Header, read_header
-from encoders.tensor_values import is_folded, non_finite
+from encoders.inspection.layouts import Tower, find_tower
+from encoders.inspection.loads_on import loads_on
+from encoders.inspection.stated import OPEN_CLIP_WEIGHTS, TRANSFORMERS_WEIGHTS, Stated, read_configs
+from encoders.weights.headers import Header, read_header
+from encoders.weights.values import is_folded, non_finite
 
 WEIGHTS = (*TRANSFORMERS_WEIGHTS, *OPEN_CLIP_WEIGHTS)
 NOT_STATED = "not stated"

@@ -7,7 +7,7 @@ A rule per key layout and file form, each measured with 4.37.2, 4.46.3, 4.57.6, 
 from collections.abc import Mapping
 from pathlib import Path
 
-from encoders.layouts import HF, Tower
+from encoders.inspection.layouts import HF, Tower
 
 ALL = "4.37 to 5.23"
 FLAT_SINCE = "5.6"  # transformers then dropped `vision_model.` from what CLIPVisionModel writes

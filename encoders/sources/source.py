@@ -13,17 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from encoders import encoder_run, hf_import, manifest, open_clip_import
+from encoders import encoder_run, manifest
 from encoders.config import PreprocessConfig, TextConfig, VisionConfig
 from encoders.data.tokenizers import CaptionTokenizer
 from encoders.dual_encoder import DualEncoder
 from encoders.errors import ModelError, UsageError
-from encoders.foreign_tokenizers import open_clip_tokenizer, read_tokenizer
-from encoders.hub_download import Download, download
-from encoders.open_clip_config import family, preprocess_config, text_plan, vision_config
-from encoders.tower_weights import build_towers, build_vision
+from encoders.sources import hf as hf_import
+from encoders.sources import open_clip as open_clip_import
+from encoders.sources.download import Download, download
+from encoders.sources.open_clip_config import family, preprocess_config, text_plan, vision_config
+from encoders.sources.tokenizers import open_clip_tokenizer, read_tokenizer
+from encoders.sources.tower_weights import build_towers, build_vision
 from encoders.vision import VisionTower
-from encoders.weights_files import Weights, inside
+from encoders.weights.files import Weights, inside
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")

@@ -13,9 +13,9 @@ from typing import Any
 from encoders import manifest
 from encoders.errors import ModelError, ParityError, UsageError
 from encoders.manifest import MANIFEST, FileEntry, Manifest, Parent
-from encoders.private_text import private_matters
-from encoders.tensor_headers import read_safetensors
-from encoders.tensor_values import non_finite
+from encoders.publish.private_text import private_matters
+from encoders.weights.headers import read_safetensors
+from encoders.weights.values import non_finite
 
 CARD, PARITY = "README.md", "parity.json"
 ADDED_BY_HAND = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
