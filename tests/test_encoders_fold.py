@@ -14,7 +14,8 @@ from transformers import CLIPVisionModel
 from encoders import encoder_run, manifest
 from encoders.config import VisionConfig
 from encoders.errors import ModelError
-from encoders.export.command import export, fold
+from encoders.export import fold
+from encoders.export.command import export
 from encoders.export.image_head import image_embedding
 from encoders.export.parity import fixed_images
 from encoders.pretrained import load_strict

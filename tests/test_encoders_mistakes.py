@@ -14,7 +14,8 @@ from torch import Tensor
 
 from encoders import manifest
 from encoders.errors import ModelError, ParityError
-from encoders.export.command import export, parity
+from encoders.export import parity
+from encoders.export.command import export
 from encoders.export.parity import Expected, certify
 from encoders.sources.source import open_source
 
