@@ -728,7 +728,7 @@ def test_what_is_no_source_at_all_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "objective"), [("clips", "clips"), ("clip", "clip"), ("clip", "dreamlip")])
 def test_published_towers_are_trained_on_at_a_higher_resolution(kind: str, objective: str, tmp_path: Path) -> None:
-    from train import loop, pair_task, start
+    from train import loop, pair_task, signals, start
     from train.config import OptimConfig, PairData, ResolutionConfig, RunConfig
 
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -748,7 +748,8 @@ def test_published_towers_are_trained_on_at_a_higher_resolution(kind: str, objec
         optim=OptimConfig(lr=1e-6, weight_decay=0.0),
     )
     start.prepare_folder(config.run)
-    loop.train(pair_task.finetune_resolution(config), config.run, config.optim, start.build_accelerator(config.run))
+    accelerator = start.build_accelerator(config.run)
+    loop.train(pair_task.finetune_resolution(config), config.run, config.optim, signals.StopRequest(), accelerator)
     after, read = encoder_run.load(tmp_path / "run")
     assert (after.config.objective, after.config.vision.image_size) == (objective, 48)
     assert after.config.preprocess == before.preprocess
