@@ -16,13 +16,7 @@ def load_strict(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
     Raises ModelError naming the missing, unexpected or wrongly shaped keys: by itself it would fill them at random.
     Warns of a folded vision tower in float16.
     """
-    config = _read_config(folder)
-    wanted = model_class.config_class.model_type
-    if config.get("model_type") != wanted:
-        raise ModelError(
-            f"{folder / 'config.json'}: model_type is {config.get('model_type')!r}, needed is {wanted!r}"
-            + ("; run export-encoder on it first" if wanted == "clip_vision_model" else "")
-        )
+    config = read_config(folder, model_class.config_class.model_type)
     if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
         raise ModelError(f"{folder} holds no model.safetensors (or its index); save the model as safetensors first")
     model, info = model_class.from_pretrained(
@@ -39,7 +33,8 @@ def load_strict(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, model_type: str) -> dict[str, Any]:
+    """A model folder's config.json. Raises ModelError if there is none, or if it is of another `model_type`."""
     file = folder / "config.json"
     if not file.is_file():
         raise ModelError(f"{folder} has no config.json: not a model folder")
@@ -47,4 +42,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(file.read_text())
     except ValueError as error:
         raise ModelError(f"{file} is not valid JSON: {error}") from error
+    if config.get("model_type") != model_type:
+        raise ModelError(
+            f"{file}: model_type is {config.get('model_type')!r}, needed is {model_type!r}"
+            + ("; run export-encoder on it first" if model_type == "clip_vision_model" else "")
+        )
     return config

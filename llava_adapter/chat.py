@@ -1,13 +1,13 @@
 """Pinned chat templates and supervision: messages -> token ids and labels.
 
-Ids are concatenated turn by turn, never re-tokenised and counted. `jinja` renders the same conversation to text that
-tokenises to the same ids; it is saved with every LLaVA, so that stock tools build the prompt of training.
-Messages are `{"role": "system" | "user" | "assistant", "content": str}`; `<image>` in a user's text marks the image.
+Ids are concatenated piece by piece, never re-tokenised and counted. `jinja` renders the same conversation to text that
+tokenises to the same ids; it is saved with every LLaVA, so that stock tools build the prompt of training. A message is
+`{"role": "system" | "user" | "assistant", "content": ...}`; `<image>` in a user's text marks an image.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,7 +15,10 @@ from encoders.errors import DataError, ModelError
 
 IMAGE = "<image>"
 IGNORED = -100
-Message = Mapping[str, str]
+ROLES = ("system", "user", "assistant")
+Message = Mapping[str, Any]
+"""Its content is a string, or a list of parts as in transformers: {"type": "image"}, {"type": "text", "text": ...}. The
+text of a part is text: there a written-out `<image>` marks nothing."""
 
 
 class Segment(NamedTuple):
@@ -27,7 +30,6 @@ class Segment(NamedTuple):
     supervised: bool = False
 
 
-# Content is a string that holds <image>, or a list of {"type": "image"} and {"type": "text", "text": ...} parts.
 _CHAT_JINJA = """\
 {{- PREFIX -}}
 {%- if messages[0]['role'] != 'system' -%}{{- SYSTEM -}}{%- endif -%}
@@ -44,14 +46,16 @@ _CHAT_JINJA = """\
 {%- set found.text = message['content'] | replace('<image>', '') -%}
 {%- else -%}{%- set found.text = message['content'] -%}
 {%- endif -%}
-{{- HEADER_START + message['role'] + HEADER_END + '<image>\\n' * found.images -}}
+{%- set found.text = found.text | trim -%}
+{%- set before = LEAD if found.images or found.text else '' -%}
+{{- HEADERS[message['role']] -}}
 {%- if message['role'] == 'assistant' -%}
-{%- generation -%}{{- found.text | trim + END -}}{%- endgeneration -%}
-{%- else -%}{{- found.text | trim + END -}}
+{%- generation -%}{{- before + found.text + ENDS['assistant'] -}}{%- endgeneration -%}
+{%- else -%}{{- before + '<image>\\n' * found.images + found.text + ENDS[message['role']] -}}
 {%- endif -%}
 {{- BETWEEN -}}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- HEADER_START + 'assistant' + HEADER_END -}}{%- endif -%}
+{%- if add_generation_prompt -%}{{- HEADERS['assistant'] -}}{%- endif -%}
 """
 
 
@@ -63,12 +67,14 @@ class ChatTemplate:
     """What every conversation starts with."""
     system: str
     """The system text of conversations that bring none; "" for no system turn."""
-    header_start: str
-    header_end: str
-    end: str
-    """The end token of a turn: supervised after an answer, and the tokenizer's EOS."""
+    headers: Mapping[str, str]
+    """By role: what comes before a turn."""
+    ends: Mapping[str, str]
+    """By role: what ends a turn. The assistant's is supervised after an answer, and the tokenizer's EOS."""
     between: str
-    """What follows the end token; not supervised."""
+    """What follows a turn's end; not supervised."""
+    lead: str
+    """Stands before a turn's content unless that is empty; supervised with an answer."""
     bos_token: str
     stop_tokens: tuple[str, ...]
     """Generation stops at these, where the vocabulary has them."""
@@ -77,34 +83,36 @@ class ChatTemplate:
     spare_tokens: tuple[str, ...]
     """Unused tokens of the vocabulary: the first one found becomes `<image>`."""
 
-    def header(self, role: str) -> str:
-        """The markup before a turn of `role`."""
-        return self.header_start + role + self.header_end
-
     def segments(self, messages: Sequence[Message], bos_token: str) -> Iterator[Segment]:
-        """The conversation piece by piece; in a message the image comes first, then a newline, then the words."""
+        """The conversation piece by piece; in a message the images come first, each with a newline, then the words."""
         yield Segment("markup", self.prefix)
         if self.system and messages[0]["role"] != "system":
-            yield Segment("markup", self.header("system") + self.system + self.end + self.between)
+            yield Segment("markup", self._system_turn())
         for message in messages:
-            images, text = split_image(message)
-            supervised = message["role"] == "assistant"
-            yield Segment("markup", self.header(message["role"]))
+            role = message["role"]
+            images, text = split_images(message)
+            supervised = role == "assistant"
+            yield Segment("markup", self.headers[role])
+            if images:
+                yield Segment("markup", self.lead)
             for _ in range(images):
                 yield Segment("image", IMAGE)
                 yield Segment("text", "\n")
-            yield Segment("text", text, supervised)
-            yield Segment("markup", self.end, supervised)
+            yield Segment("text", self.lead + text if text and not images else text, supervised)
+            yield Segment("markup", self.ends[role], supervised)
             yield Segment("markup", self.between)
+
+    def _system_turn(self) -> str:
+        return self.headers["system"] + self.lead + self.system + self.ends["system"] + self.between
 
     @property
     def jinja(self) -> str:
         """The same as a chat template for tokenizer and processor, generation marks around answer and end token."""
-        system = self.header("system") + self.system + self.end + self.between if self.system else ""
-        names = {"PREFIX": self.prefix, "SYSTEM": system, "HEADER_START": self.header_start}
-        names |= {"HEADER_END": self.header_end, "END": self.end, "BETWEEN": self.between}
-        constants = (f"{{%- set {name} = {_jinja_string(text)} -%}}\n" for name, text in names.items())
-        return "".join(constants) + _CHAT_JINJA
+        system = self._system_turn() if self.system else ""
+        texts = {"PREFIX": self.prefix, "SYSTEM": system, "LEAD": self.lead, "BETWEEN": self.between}
+        constants = {name: _jinja_string(text) for name, text in texts.items()}
+        constants |= {"HEADERS": _jinja_mapping(self.headers), "ENDS": _jinja_mapping(self.ends)}
+        return "".join(f"{{%- set {name} = {text} -%}}\n" for name, text in constants.items()) + _CHAT_JINJA
 
 
 class CaptionTemplate:
@@ -113,7 +121,7 @@ class CaptionTemplate:
     def segments(self, messages: Sequence[Message], bos_token: str) -> Iterator[Segment]:
         """The image and the caption (supervised, with its newline) of one question-answer pair."""
         roles = [message["role"] for message in messages]
-        images = sum(split_image(message)[0] for message in messages)
+        images = sum(split_images(message)[0] for message in messages)
         if roles != ["user", "assistant"] or images != 1:
             raise DataError(
                 f"template 'plain' takes one user turn with one {IMAGE} and one answer, not {roles} with {images} "
@@ -121,7 +129,7 @@ class CaptionTemplate:
             )
         yield Segment("markup", bos_token)
         yield Segment("image", IMAGE)
-        yield Segment("text", messages[1]["content"].strip() + "\n", supervised=True)
+        yield Segment("text", split_images(messages[1])[1] + "\n", supervised=True)
 
     @property
     def jinja(self) -> str:
@@ -138,23 +146,37 @@ TEMPLATES: dict[str, ChatTemplate | CaptionTemplate] = {
         prefix="<|begin_of_text|>",
         system="You are a helpful language and vision assistant. You are able to understand the visual content that "
         "the user provides, and assist the user with a variety of tasks using natural language.",
-        header_start="<|start_header_id|>",
-        header_end="<|end_header_id|>\n\n",
-        end="<|eot_id|>",
+        headers={role: f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ROLES},
+        ends=dict.fromkeys(ROLES, "<|eot_id|>"),
         between="",
+        lead="",
         bos_token="<|begin_of_text|>",
         stop_tokens=("<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"),
         pad_tokens=("<|finetune_right_pad_id|>", "<|reserved_special_token_1|>"),
         spare_tokens=("<|reserved_special_token_0|>",),
     ),
+    # LLaVA-1.5's own: the space before a word belongs to the word, so it is part of the answer.
+    "vicuna_v1": ChatTemplate(
+        prefix="<s>",
+        system="A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+        headers={"system": "", "user": "USER:", "assistant": " ASSISTANT:"},
+        ends={"system": " ", "user": "", "assistant": "</s>"},
+        between="",
+        lead=" ",
+        bos_token="<s>",
+        stop_tokens=("</s>",),
+        pad_tokens=(),
+        spare_tokens=(),
+    ),
     # SmolLM2's own default system turn only introduces the model by name; it would cost 17 tokens a sample, so: none.
     "chatml": ChatTemplate(
         prefix="",
         system="",
-        header_start="<|im_start|>",
-        header_end="\n",
-        end="<|im_end|>",
+        headers={role: f"<|im_start|>{role}\n" for role in ROLES},
+        ends=dict.fromkeys(ROLES, "<|im_end|>"),
         between="\n",
+        lead="",
         bos_token="<|im_start|>",
         stop_tokens=("<|im_end|>", "<|endoftext|>"),
         pad_tokens=("<empty_output>",),
@@ -162,13 +184,18 @@ TEMPLATES: dict[str, ChatTemplate | CaptionTemplate] = {
     ),
     "plain": CaptionTemplate(),
 }
+CHAT_TEMPLATES = {name: known for name, known in TEMPLATES.items() if isinstance(known, ChatTemplate)}
 
 
-def split_image(message: Message) -> tuple[int, str]:
-    """Number of image marks in a message (only a user can show one) and its stripped text without them."""
+def split_images(message: Message) -> tuple[int, str]:
+    """Number of images in a message (only a user can show them) and its stripped text without their marks."""
+    content = message["content"]
+    if not isinstance(content, str):
+        images = sum(part["type"] == "image" for part in content)
+        return images, "".join(part["text"] for part in content if part["type"] == "text").strip()
     if message["role"] != "user":
-        return 0, message["content"].strip()
-    return message["content"].count(IMAGE), message["content"].replace(IMAGE, "").strip()
+        return 0, content.strip()
+    return content.count(IMAGE), content.replace(IMAGE, "").strip()
 
 
 def encode(
@@ -183,7 +210,7 @@ def encode(
     """
     ids: list[int] = []
     labels: list[int] = []
-    for segment in template.segments(messages, tokenizer.bos_token):
+    for segment in _joined(template.segments(messages, tokenizer.bos_token)):
         piece = _tokenize(tokenizer, segment, image_tokens)
         ids += piece
         labels += piece if segment.supervised else [IGNORED] * len(piece)
@@ -196,8 +223,8 @@ def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, messages: Sequence[Message], image_tokens: int
 ) -> list[int]:
     """Token ids (L) of a conversation up to where the assistant answers next: exactly the ids seen in training."""
-    segments = [*template.segments(messages, tokenizer.bos_token), Segment("markup", template.header("assistant"))]
-    return [token for segment in segments for token in _tokenize(tokenizer, segment, image_tokens)]
+    segments = [*template.segments(messages, tokenizer.bos_token), Segment("markup", template.headers["assistant"])]
+    return [token for segment in _joined(segments) for token in _tokenize(tokenizer, segment, image_tokens)]
 
 
 def template_of(chat_template: str | None) -> str:
@@ -205,7 +232,24 @@ def template_of(chat_template: str | None) -> str:
     for name, template in TEMPLATES.items():
         if template.jinja == chat_template:
             return name
-    raise ModelError("the chat template is not one of ours (llama3, chatml); compose the LLaVA with this toolkit")
+    known = ", ".join(CHAT_TEMPLATES)
+    raise ModelError(f"the chat template is not one of ours ({known}); compose the LLaVA with this toolkit")
+
+
+def _joined(segments: Iterable[Segment]) -> Iterator[Segment]:
+    """Neighbouring markup as one piece: a header's letters may merge with those of the turn's end before it."""
+    waiting = ""
+    for segment in segments:
+        if segment.kind == "markup" and not segment.supervised:
+            waiting += segment.text
+            continue
+        if segment.text:
+            if waiting:
+                yield Segment("markup", waiting)
+                waiting = ""
+            yield segment
+    if waiting:
+        yield Segment("markup", waiting)
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, segment: Segment, image_tokens: int) -> list[int]:
@@ -216,3 +260,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, segment: Segment, image_tokens
 
 def _jinja_string(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+
+
+def _jinja_mapping(texts: Mapping[str, str]) -> str:
+    return "{" + ", ".join(f"{_jinja_string(name)}: {_jinja_string(text)}" for name, text in texts.items()) + "}"

@@ -1,75 +1,121 @@
 """Encoder folder + LLM folder -> LlavaForConditionalGeneration and its processor, everything checked.
 
-The projector is fresh (nn.Linear's own initialisation, from torch's global seed). The LLM keeps its vocabulary
-size if it has a spare token: that one becomes `<image>`; otherwise the table grows to a multiple of 64.
+`draft` reads configs and tokenizer only and is what the shape plan is printed from; `build` then loads the weights. The
+projector is fresh (nn.Linear's own initialisation, from torch's global seed) unless a trained one is named. The LLM
+keeps its vocabulary size if it has a spare token: that one becomes `<image>`; otherwise it grows to a multiple of 64.
 """
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, processors
 from transformers import (
-    CLIPImageProcessor,
+    CLIPVisionConfig,
     CLIPVisionModel,
     GenerationConfig,
+    LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.image_utils import PILImageResampling
 
-from encoders.errors import ModelError, UsageError
-from encoders.pretrained import load_strict
-from llava_adapter.chat import IMAGE, TEMPLATES, ChatTemplate
-from llava_adapter.data import image_token_count
+from encoders.errors import ModelError
+from encoders.pretrained import load_strict, read_config
+from encoders.weights.headers import read_header
+from llava_adapter.geometry import Geometry, geometry_of, image_token_count, read_image_processor, with_geometry
+from llava_adapter.projector import trained_projector
+from llava_adapter.sources import WEIGHTS, model_folder
+from llava_adapter.tokenizer import chat_template, generation_config, prepare_tokenizer
 
 FEATURE_LAYER = -2
-PAD = "<pad>"
+ADDED = 2  # tokens that a vocabulary may have to take in: `<image>` and a pad token
+MULTIPLE = 64
 
 
-def compose(
-    encoder: Path, llm: Path, template: str, dtype: torch.dtype
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Build a LLaVA from an exported encoder and a Llama folder; features are hidden_states[-2] without class token.
+@dataclass(frozen=True)
+class Draft:
+    """A LLaVA but for its weights, checked."""
 
-    Raises ModelError if one of them is not what it must be, UsageError for a template that is not a chat template.
+    names: tuple[str | Path, str | Path]
+    """Of encoder and LLM, as they were asked for."""
+    encoder: Path
+    llm: Path
+    config: LlavaConfig
+    processor: LlavaProcessor
+    generation: GenerationConfig
+
+    def __str__(self) -> str:
+        return describe(self.config, self.processor)
+
+
+def draft(encoder: str | Path, llm: str | Path, template: str, geometry: Geometry, dtype: torch.dtype) -> Draft:
+    """Plan a LLaVA around an exported encoder and a Llama, each a folder or an id on the Hub; loads no weights.
+
+    Features are hidden_states[-2] without class token. Raises ModelError if one of the two is not what it must be,
+    UsageError for a template that is not a chat template.
     """
-    chat = TEMPLATES.get(template)
-    if not isinstance(chat, ChatTemplate):
-        known = ", ".join(name for name, known in TEMPLATES.items() if isinstance(known, ChatTemplate))
-        raise UsageError(f"template {template!r} is not a chat template; choose one of: {known}")
-    tower = load_strict(CLIPVisionModel, encoder, dtype)
-    image_processor = _load_image_processor(encoder, tower)
+    chat, names = chat_template(template), (encoder, llm)
+    encoder, llm = model_folder(encoder, weights=False), model_folder(llm, weights=False)
+    vision: Any = _config(CLIPVisionConfig, encoder)
+    _check_table(encoder, vision)
+    image_processor = with_geometry(read_image_processor(encoder, vision.image_size), geometry)
+    text: Any = _config(LlamaConfig, llm)
     tokenizer = prepare_tokenizer(llm, chat)
-    language = load_strict(LlamaForCausalLM, llm, dtype)
-    if len(tokenizer) > language.config.vocab_size:
-        language.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
-    tokenizer.model_max_length = language.config.max_position_embeddings
-
+    text.vocab_size = _vocabulary(len(tokenizer), text.vocab_size, llm)
+    tokenizer.model_max_length = text.max_position_embeddings
+    vision.dtype = text.dtype = dtype
     processor = LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
-        patch_size=tower.config.patch_size,
+        patch_size=vision.patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # the class token, which "default" drops again
         chat_template=chat.jinja,
     )
     config = LlavaConfig(
-        vision_config=tower.config,
-        text_config=language.config,
+        vision_config=vision,
+        text_config=text,
         image_token_index=tokenizer.image_token_id,
         image_seq_length=image_token_count(processor),
         vision_feature_layer=FEATURE_LAYER,
         vision_feature_select_strategy="default",
-        tie_word_embeddings=language.config.tie_word_embeddings,
+        tie_word_embeddings=text.tie_word_embeddings,
         dtype=dtype,
     )
-    model = _assemble(config, tower, language, dtype)
-    model.generation_config = _generation_config(tokenizer, chat)
-    return model, processor
+    return Draft(names, encoder, llm, config, processor, generation_config(tokenizer, chat))
+
+
+def build(plan: Draft, projector: Path | None = None) -> LlavaForConditionalGeneration:
+    """Load the weights of a draft, in eval mode, on the CPU. `projector`: a LLaVA folder to take a trained one from.
+
+    Raises ModelError if weights do not fit their config, or if the projector was trained between other models.
+    """
+    config: Any = plan.config
+    for name in plan.names:
+        model_folder(name)  # of an id, the weights are fetched now
+    tower = load_strict(CLIPVisionModel, plan.encoder, config.dtype)
+    trained = trained_projector(projector, plan.encoder, plan.llm, tower) if projector is not None else None
+    language = load_strict(LlamaForCausalLM, plan.llm, config.dtype)
+    if language.config.vocab_size < config.text_config.vocab_size:
+        language.resize_token_embeddings(config.text_config.vocab_size)
+    model = _assemble(config, tower, language, config.dtype)
+    if trained is not None:
+        model.model.multi_modal_projector.load_state_dict(trained)
+    model.generation_config = plan.generation
+    return model
+
+
+def compose(
+    encoder: str | Path, llm: str | Path, template: str, dtype: torch.dtype, geometry: Geometry = "crop"
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """`draft` and `build` in one."""
+    plan = draft(encoder, llm, template, geometry, dtype)
+    return build(plan), plan.processor
 
 
 def _assemble(
@@ -86,94 +132,68 @@ def _assemble(
     return model.eval()
 
 
-def _load_image_processor(encoder: Path, tower: CLIPVisionModel) -> CLIPImageProcessor:
-    """The preprocessing that the encoder was trained with: it travels with the encoder, never a class default."""
-    file = encoder / "preprocessor_config.json"
-    if not file.is_file():
-        raise ModelError(f"{encoder} has no preprocessor_config.json, so its mean, std and size are unknown")
-    image_processor = CLIPImageProcessor.from_pretrained(encoder, local_files_only=True)
-    size = tower.config.image_size
-    crop = image_processor.crop_size
-    if not image_processor.do_center_crop or (crop["height"], crop["width"]) != (size, size):
+def _config(config_class: type[PreTrainedConfig], folder: Path) -> PreTrainedConfig:
+    read_config(folder, config_class.model_type)
+    return config_class.from_pretrained(folder, local_files_only=True)
+
+
+def _check_table(encoder: Path, vision: Any) -> None:
+    """The position table against image_size, from the file's header, where the file is at hand."""
+    for file in (encoder / name for name in WEIGHTS if (encoder / name).is_file()):
+        for name, tensor in read_header(file).tensors.items():
+            wanted = [(vision.image_size // vision.patch_size) ** 2 + 1, vision.hidden_size]
+            if name.endswith("position_embedding.weight") and list(tensor.shape) != wanted:
+                raise ModelError(
+                    f"{encoder}: config.json and weights disagree: {name} is saved as {list(tensor.shape)}, config "
+                    f"asks {wanted} (image_size {vision.image_size}, patch_size {vision.patch_size}); export it again"
+                )
+
+
+def _vocabulary(tokens: int, rows: int, llm: Path) -> int:
+    """Rows of the embedding table that hold the prepared tokenizer."""
+    if tokens > rows + ADDED:
         raise ModelError(
-            f"{file}: images are cropped to {crop['height']}x{crop['width']} (do_center_crop "
-            f"{image_processor.do_center_crop}) but config.json has image_size {size}; export the encoder again"
+            f"{llm}: tokenizer.json has {tokens} tokens but config.json vocab_size {rows}; they are not of one model"
         )
-    return image_processor
+    return rows if tokens <= rows else -(-tokens // MULTIPLE) * MULTIPLE
 
 
-def prepare_tokenizer(llm: Path, template: ChatTemplate) -> PreTrainedTokenizerFast:
-    """The LLM's tokenizer with `<image>`, the template, its end token as EOS, a pad token that is no stop token,
-    and no BOS of its own (the template writes the one BOS). Raises ModelError if it lacks the template's tokens."""
-    file = llm / "tokenizer.json"
-    if not file.is_file():
-        raise ModelError(f"{llm} has no tokenizer.json; pass the folder of an LLM together with its tokenizer")
-    backend = Tokenizer.from_file(str(file))
-    markup = (template.bos_token, template.end)
-    lacking = [token for token in markup if backend.token_to_id(token) is None]
-    if lacking:
-        raise ModelError(f"{file} lacks {', '.join(lacking)}: not the tokenizer of a model for this chat template")
-    if backend.token_to_id(IMAGE) is None:
-        backend = _rename_spare_token(backend, template.spare_tokens)
-    pad = next((token for token in template.pad_tokens if backend.token_to_id(token) is not None), PAD)
-    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (IMAGE, pad)])
-    backend.post_processor = processors.ByteLevel(trim_offsets=False)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=template.bos_token,
-        eos_token=template.end,
-        pad_token=pad,
-        extra_special_tokens={"image_token": IMAGE},
-        chat_template=template.jinja,
-        clean_up_tokenization_spaces=False,
-        padding_side="right",
-    )
-
-
-def _rename_spare_token(backend: Tokenizer, spare_tokens: tuple[str, ...]) -> Tokenizer:
-    """Give the first spare token that exists the name `<image>`; its id and the vocabulary size stay."""
-    spare = next((token for token in spare_tokens if backend.token_to_id(token) is not None), None)
-    if spare is None:
-        return backend
-    content = json.loads(backend.to_str())
-    for token in content["added_tokens"]:
-        if token["content"] == spare:
-            token["content"] = IMAGE
-    vocabulary = content["model"]["vocab"]
-    if spare in vocabulary:
-        vocabulary[IMAGE] = vocabulary.pop(spare)
-    return Tokenizer.from_str(json.dumps(content))
-
-
-def _generation_config(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate) -> GenerationConfig:
-    vocabulary = tokenizer.get_vocab()
-    return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=[vocabulary[token] for token in template.stop_tokens if token in vocabulary],
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
-def describe(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> str:
-    """The shape plan of a LLaVA in words: image -> patches -> features -> image tokens -> LLM."""
-    vision: Any = model.config.vision_config
-    text: Any = model.config.text_config
+def describe(config: LlavaConfig, processor: LlavaProcessor) -> str:
+    """The shape plan of a LLaVA in words: image -> patches -> features -> image tokens -> LLM. Needs no weights."""
+    vision: Any = config.vision_config
+    text: Any = config.text_config
+    images, tokenizer = processor.image_processor, processor.tokenizer
     side = vision.image_size // vision.patch_size
-    parts = {
-        "tower": model.model.vision_tower,
-        "projector": model.model.multi_modal_projector,
-        "LLM": model.model.language_model,
-    }
-    sizes = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in parts.items())
+    how = {"crop": "short side resized, centre cropped", "pad": "padded to a square with the mean colour, resized"}
     return "\n".join(
         (
-            f"image      {vision.image_size} x {vision.image_size} pixels, patch {vision.patch_size}: "
-            f"{side} x {side} patches",
-            f"features   hidden_states[{model.config.vision_feature_layer}] of {vision.num_hidden_layers} layers, "
+            f"image      {vision.image_size} x {vision.image_size} pixels, {how[geometry_of(images)]} "
+            f"({PILImageResampling(images.resample).name.lower()}), patch {vision.patch_size}: {side} x {side} patches",
+            f"           mean {_numbers(images.image_mean)}, std {_numbers(images.image_std)}",
+            f"features   hidden_states[{config.vision_feature_layer}] of {vision.num_hidden_layers} layers, "
             f"class token dropped, width {vision.hidden_size}",
-            f"projector  {vision.hidden_size} -> {text.hidden_size}, {model.config.projector_hidden_act}",
-            f"LLM        {text.num_hidden_layers} layers of {text.hidden_size}, vocabulary {text.vocab_size:,}; "
-            f"an image takes {image_token_count(processor)} tokens (id {model.config.image_token_id})",
-            f"parameters {sizes}",
+            f"projector  {vision.hidden_size} -> {text.hidden_size}, {config.projector_hidden_act}",
+            f"LLM        {text.num_hidden_layers} layers of {text.hidden_size}, vocabulary {text.vocab_size:,}"
+            f"{', tied' if text.tie_word_embeddings else ''}; an image takes {image_token_count(processor)} tokens "
+            f"(id {config.image_token_id})",
+            f"tokens     {_special_tokens(tokenizer)}",
+            f"parameters {_sizes(config)}",
         )
     )
+
+
+def _numbers(values: Any) -> str:
+    return " ".join(f"{value:.4g}" for value in values)
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> str:
+    named = {"image": tokenizer.image_token, "end": tokenizer.eos_token, "pad": tokenizer.pad_token}
+    return ", ".join(f"{what} {name} = {tokenizer.convert_tokens_to_ids(name)}" for what, name in named.items())
+
+
+def _sizes(config: LlavaConfig) -> str:
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    parts = {"tower": "vision_tower", "projector": "multi_modal_projector", "LLM": "language_model"}
+    shells = {name: model.model.get_submodule(path) for name, path in parts.items()}
+    return ", ".join(f"{name} {sum(p.numel() for p in shell.parameters()):,}" for name, shell in shells.items())

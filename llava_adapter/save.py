@@ -6,18 +6,26 @@ in the form that both understand. The functions fill a given directory; the call
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 from encoders.errors import ModelError
 from encoders.manifest import write_json
 from encoders.pretrained import load_strict
+from llava_adapter import packing
 
 SHARD_SIZE = "5GB"
+# Difference of logits that rounding the merged weights may make.
+MERGED = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
+ADAPTER = "default"  # PEFT's name of the only adapter
 # Name in memory -> name on disk.
 PREFIXES = {
     "model.vision_tower.": "vision_tower.vision_model.",
@@ -71,6 +79,7 @@ def _make_tokenizer_config_portable(tokenizer: PreTrainedTokenizerFast, folder: 
     config = json.loads(file.read_text())
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config["extra_special_tokens"] = {"image_token": tokenizer.image_token}
+    config["model_input_names"] = ["input_ids", "attention_mask"]  # else 4.57 gives token_type_ids, which Llama refuses
     write_json(file, config)
 
 
@@ -79,18 +88,78 @@ def load_llava(
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Load a LLaVA folder of any origin. Raises ModelError unless config and weights agree key by key."""
     model = load_strict(LlavaForConditionalGeneration, folder, dtype)
+    return model.to(device).eval(), load_processor(folder)
+
+
+def load_processor(folder: Path) -> LlavaProcessor:
+    """The processor of a LLaVA folder. Raises ModelError if it has none."""
     if not (folder / "tokenizer.json").is_file():
         raise ModelError(f"{folder} has no tokenizer.json; a LLaVA folder carries its processor")
-    processor = LlavaProcessor.from_pretrained(folder, local_files_only=True)
-    return model.to(device).eval(), processor
+    processor: LlavaProcessor = LlavaProcessor.from_pretrained(folder, local_files_only=True)
+    return processor
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write LoRA and the trained projector as a PEFT adapter folder."""
+    """Write LoRA, and in full every other part that trained, as a PEFT adapter folder."""
     model.save_pretrained(str(folder))
 
 
+def load_adapter(model: LlavaForConditionalGeneration, folder: Path) -> PeftModel:
+    """Put a PEFT adapter folder around its base model. Raises ModelError unless every tensor of it finds its place."""
+    adapted = PeftModel.from_pretrained(model, str(folder))
+    state = get_peft_model_state_dict(adapted)
+    for name, saved in load_file(folder / "adapter_model.safetensors").items():
+        if name not in state or not torch.equal(state[name].cpu(), saved.to(state[name].dtype)):
+            raise ModelError(f"{folder}: {name} was not loaded into the model; the adapter was trained on another base")
+    return adapted
+
+
+@torch.no_grad()
 def merge(model: PeftModel) -> LlavaForConditionalGeneration:
-    """Fold the adapter into the base model, in place, and return it in its `config.dtype`."""
-    merged = model.merge_and_unload()
-    return merged.to(merged.config.dtype)
+    """Fold the adapter into the base model, in place, and return it in its `config.dtype`, in eval mode.
+
+    Every merged weight is the base's plus LoRA's product, rounded once (PEFT rounds the product as well). Raises
+    ModelError for a quantised base, and unless what trained in full is kept to the bit and the logits stay the same.
+    """
+    base: Any = model.eval().get_base_model()
+    if hasattr(base.config, "quantization_config"):
+        raise ModelError("merging into quantised weights would round the adapter away; merge into the 16-bit base")
+    before = _probe(base)
+    layers: list[Any] = [module for module in base.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        weight = layer.get_base_layer().weight
+        weight.copy_(weight.float() + layer.get_delta_weight(ADAPTER).float())
+        layer.lora_B[ADAPTER].weight.zero_()  # nothing is left for PEFT to add
+    trained = {
+        name: wrapper.modules_to_save[ADAPTER].state_dict()
+        for name, wrapper in base.named_modules()
+        if isinstance(wrapper, ModulesToSaveWrapper)
+    }
+    merged: Any = model.merge_and_unload()
+    for name, state in trained.items():
+        found = merged.get_submodule(name).state_dict()
+        if found.keys() != state.keys() or not all(torch.equal(found[key], state[key]) for key in state):
+            raise ModelError(f"{name}: merging lost what was trained in full")
+    merged.to(merged.config.dtype)
+    difference = float((_probe(merged) - before).norm() / before.norm())
+    if not difference <= MERGED[merged.config.dtype]:
+        raise ModelError(f"the merged model's logits differ from the adapter's by {difference:.1%} of their size")
+    plain: LlavaForConditionalGeneration = merged
+    return plain
+
+
+def _probe(model: Any) -> Tensor:
+    """Logits (L, V) for a picture of noise and some words."""
+    shape = model.config
+    size = shape.vision_config.image_size
+    patches = (size // shape.vision_config.patch_size) ** 2
+    noise = torch.Generator().manual_seed(0)
+    words = torch.randint(shape.text_config.vocab_size, (32,), generator=noise)
+    words = words[words != shape.image_token_id]
+    ids = torch.cat([torch.full((patches,), shape.image_token_id), words]).to(model.device)[None]  # (1, L)
+    pixels = torch.randn(1, 3, size, size, generator=noise).to(model.device)
+    spans = packing.Spans([ids.shape[1]], ids.device) if packing.is_enabled(model) else None
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=shape.dtype == torch.bfloat16):
+        hidden = model.model(input_ids=ids, pixel_values=pixels, use_cache=False, spans=spans).last_hidden_state
+        logits: Tensor = model.lm_head(hidden)[0]  # (L, V)
+    return logits.float()

@@ -1,6 +1,9 @@
 """Who trains: freeze, add LoRA, show it, and prove after the first step that it is so.
 
-What trains is float32 (bfloat16 weights would lose updates below 1/256 of their size); what is frozen keeps its type.
+What trains is float32 (a tower in part, as a whole); what is frozen keeps its type. With `weights: bfloat16` what trains
+is bfloat16 too: half the memory, but an update below 1/512 of a weight is rounded away. At a learning rate of 2e-5 that
+is nearly every update of a weight above 0.01, and a norm's weights never move; `verify_moved` counts the tensors that
+stood still.
 """
 
 from collections.abc import Iterator
@@ -14,96 +17,156 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from encoders.errors import ModelError, UsageError
-from encoders.export.fold import refuse_training
+from encoders.export.fold import FROZEN as FOLD
+from encoders.export.fold import is_folded, refuse_training
 
-MODES = {"vision": ("frozen",), "projector": ("frozen", "full"), "llm": ("frozen", "lora", "full")}
-# A full path: module names alone (q_proj, ...) would also match the vision tower.
-LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+MODES = {"vision": ("frozen", "lora", "full"), "projector": ("frozen", "full"), "llm": ("frozen", "lora", "full")}
+# Full paths: module names alone (q_proj, ...) would also match the other parts.
+LORA_TARGETS = {
+    "vision": r"model\.vision_tower\.encoder\.layers\.(BLOCKS)\.(self_attn\.([qkv]|out)_proj|mlp\.fc[12])",
+    "llm": r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
+}
+MODULES = {"vision": "model.vision_tower", "projector": "model.multi_modal_projector", "llm": "model.language_model"}
+WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class TunePlan:
     """How each part is trained. Raises UsageError on a value or combination that has no meaning."""
 
-    vision: Literal["frozen"] = "frozen"
+    vision: Literal["frozen", "lora", "full"] = "frozen"
+    """What comes after the layer that the projector reads never trains, nor does the fold of a folded tower."""
     projector: Literal["frozen", "full"] = "full"
     llm: Literal["frozen", "lora", "full"] = "frozen"
+    vision_lr: float = 2e-6
     projector_lr: float = 1e-3
     lr: float = 2e-4
     """Learning rate of the LLM or its LoRA; unused while the LLM is frozen."""
     lora_r: int = 128
     lora_alpha: int = 256
     lora_dropout: float = 0.05
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """Type of what trains; bfloat16 loses small updates (see above)."""
 
     def __post_init__(self) -> None:
         for part, modes in MODES.items():
             if vars(self)[part] not in modes:
                 raise UsageError(f"tuning plan: {part} is {vars(self)[part]!r}, must be one of {', '.join(modes)}")
-        if self.projector == "frozen" and self.llm == "frozen":
-            raise UsageError("tuning plan: projector and llm are both frozen, nothing would train")
+        if self.vision == self.projector == self.llm == "frozen":
+            raise UsageError("tuning plan: vision, projector and llm are all frozen, nothing would train")
+        if self.vision == "lora" and self.llm == "full":
+            raise UsageError("tuning plan: LoRA on the tower does not go with an LLM that trains in full")
         if self.lora_r < 1:
             raise UsageError(f"tuning plan: lora_r is {self.lora_r}, must be at least 1")
+        if self.weights not in WEIGHTS:
+            raise UsageError(f"tuning plan: weights is {self.weights!r}, must be one of {', '.join(WEIGHTS)}")
+
+    def parts(self, mode: str) -> list[str]:
+        """The parts that are trained in this mode."""
+        return [part for part in MODES if vars(self)[part] == mode]
 
 
-# LLaVA-1.5's two stages.
+# LLaVA-1.5's stages; `qlora` is `lora` on a model that was loaded quantised.
 STAGES = {
     "projector": TunePlan(projector="full", llm="frozen", projector_lr=1e-3),
+    "full": TunePlan(projector="full", llm="full", projector_lr=2e-5, lr=2e-5),
     "lora": TunePlan(projector="full", llm="lora", projector_lr=2e-5, lr=2e-4),
+    "qlora": TunePlan(projector="full", llm="lora", projector_lr=2e-5, lr=2e-4),
+    "tower": TunePlan(vision="full", projector="full", llm="lora", vision_lr=2e-6, projector_lr=2e-5, lr=2e-4),
 }
 
 
 def apply(model: LlavaForConditionalGeneration, plan: TunePlan) -> LlavaForConditionalGeneration | PeftModel:
     """Freeze and unfreeze the model in place; with LoRA, return the PEFT model around it.
 
-    Raises ModelError if the LLM has linear layers that LoRA would not cover.
+    Raises ModelError if a part has linear layers that LoRA would not cover, if a quantised LLM is to train in full, or
+    if bfloat16 weights are asked for in a model of another type.
     """
+    if plan.weights == "bfloat16" and model.config.dtype != torch.bfloat16:
+        raise ModelError(f"weights: bfloat16 needs a model that was loaded in bfloat16, not {model.config.dtype}")
+    if plan.llm == "full" and hasattr(model.config, "quantization_config"):
+        raise ModelError("a quantised LLM cannot train in full; use LoRA or load it in 16 bits")
     model.requires_grad_(False)
-    if plan.projector == "full":
-        model.model.multi_modal_projector.float().requires_grad_(True)
-    if plan.llm == "full":
-        model.model.language_model.float().requires_grad_(True)
-        model.lm_head.float().requires_grad_(True)
-    if plan.llm != "lora":
-        return model
+    kept = never_trained(model)
+    tuned: LlavaForConditionalGeneration | PeftModel = model
+    if plan.parts("lora"):
+        tuned = _with_lora(model, plan, kept)
+    for name, parameter in tuned.named_parameters():
+        trains = _declared_trainable(name, plan, kept)
+        parameter.requires_grad_(trains)
+        # A tower is of one type as a whole: its norms do not take another's output.
+        if trains or (plan.vision == "full" and part_of(name) == "vision"):
+            parameter.data = parameter.data.to(WEIGHTS[plan.weights])
+    return tuned
+
+
+def _with_lora(model: LlavaForConditionalGeneration, plan: TunePlan, kept: tuple[str, ...]) -> PeftModel:
+    blocks = "|".join(map(str, range(blocks_used(model))))
+    targets = [LORA_TARGETS[part].replace("BLOCKS", blocks) for part in plan.parts("lora")]
     config = LoraConfig(
         r=plan.lora_r,
         lora_alpha=plan.lora_alpha,
         lora_dropout=plan.lora_dropout,
-        target_modules=LORA_TARGETS,
-        # Saved in full with the adapter: without this a reloaded adapter would meet an untrained projector.
-        modules_to_save=["multi_modal_projector"] if plan.projector == "full" else None,
+        target_modules="|".join(targets),
+        # Saved in full with the adapter: without this a reloaded adapter would meet an untrained projector or tower.
+        modules_to_save=[MODULES[part].rpartition(".")[2] for part in plan.parts("full")] or None,
     )
-    linears = {name for name, module in model.named_modules() if _is_llm(name) and isinstance(module, nn.Linear)}
+    wanted = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not _kept(name, kept)
+        if any(name.startswith(MODULES[part] + ".") for part in plan.parts("lora"))
+    }
     adapted = get_peft_model(model, config)
     covered = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    if covered != linears:
+    if covered != wanted:
         raise ModelError(
-            f"LoRA covers {len(covered)} layers but the LLM has {len(linears)} linear ones; in only one of the two: "
-            f"{', '.join(sorted(covered ^ linears)[:5])}. The LLM must be a plain Llama"
+            f"LoRA covers {len(covered)} layers but {' and '.join(plan.parts('lora'))} have {len(wanted)} linear ones; "
+            f"in only one of the two: {', '.join(sorted(covered ^ wanted)[:5])}. The LLM must be a plain Llama"
         )
     return adapted
 
 
-def _is_llm(module_name: str) -> bool:
-    return module_name.startswith("model.language_model.")
+def blocks_used(model: nn.Module) -> int:
+    """Blocks of the tower that the projector sees the output of. Raises ModelError if it reads several layers."""
+    config: Any = model.config
+    layer, layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    if not isinstance(layer, int):
+        raise ModelError(f"config.json: vision_feature_layer is {layer}; a projector that reads one layer is needed")
+    # hidden_states[0] are the embeddings, hidden_states[i] what block i - 1 gives.
+    return layer if layer >= 0 else layers + 1 + layer
+
+
+def never_trained(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the tower's parameters that no plan trains: what comes after the layer that the projector reads, and
+    a folded tower's fold."""
+    config: Any = model.config
+    unused = [f"encoder.layers.{n}." for n in range(blocks_used(model), config.vision_config.num_hidden_layers)]
+    return (*unused, "post_layernorm.", *(FOLD if is_folded(config.to_dict()) else ()))
 
 
 def part_of(parameter_name: str) -> str:
-    """The part a parameter belongs to: vision, projector, lora or llm."""
+    """The part a parameter belongs to: vision, projector or llm, with `_lora` behind it if it is one of LoRA's."""
     path = parameter_name.split(".")
-    if "vision_tower" in path:
-        return "vision"
-    if "multi_modal_projector" in path:
-        return "projector"
-    return "lora" if "lora_A" in path or "lora_B" in path else "llm"
+    part = "vision" if "vision_tower" in path else "projector" if "multi_modal_projector" in path else "llm"
+    return f"{part}_lora" if "lora_A" in path or "lora_B" in path else part
 
 
-def _declared_trainable(name: str, plan: TunePlan) -> bool:
+def _within_tower(name: str) -> str:
+    """A parameter's or module's name inside the tower, whatever PEFT wrapped around it; "" outside."""
+    return name.partition("vision_tower.")[2].removeprefix("modules_to_save.default.")
+
+
+def _kept(name: str, kept: tuple[str, ...]) -> bool:
+    return _within_tower(name).startswith(kept)
+
+
+def _declared_trainable(name: str, plan: TunePlan, kept: tuple[str, ...]) -> bool:
     """What the plan says about a parameter, whatever its requires_grad says."""
-    if ".original_module." in name:  # PEFT trains a copy of the projector and keeps the original
+    if ".original_module." in name or _kept(name, kept):  # PEFT trains a copy of a full part and keeps the original
         return False
-    part = part_of(name)
-    return {"vision": False, "projector": plan.projector == "full", "llm": plan.llm == "full", "lora": True}[part]
+    part, _, lora = part_of(name).partition("_")
+    return vars(plan)[part] == ("lora" if lora else "full")
 
 
 def parameter_groups(model: nn.Module, plan: TunePlan) -> list[dict[str, Any]]:
@@ -116,12 +179,15 @@ def parameter_groups(model: nn.Module, plan: TunePlan) -> list[dict[str, Any]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups.setdefault(part_of(name), []).append(parameter)
-            of_tower += [name.partition("vision_tower.")[2]] if part_of(name) == "vision" else []
+            of_tower += [_within_tower(name)] if part_of(name) == "vision" else []
     if of_tower:
         config: Any = model.config
         refuse_training(of_tower, config.to_dict())
-    rates = {"projector": plan.projector_lr, "lora": plan.lr, "llm": plan.lr}
-    return [{"name": part, "params": params, "lr": rates[part], "weight_decay": 0.0} for part, params in groups.items()]
+    rates = {"vision": plan.vision_lr, "projector": plan.projector_lr, "llm": plan.lr}
+    return [
+        {"name": part, "params": params, "lr": rates[part.removesuffix("_lora")], "weight_decay": 0.0}
+        for part, params in groups.items()
+    ]
 
 
 def who_trains(model: nn.Module) -> str:
@@ -130,13 +196,18 @@ def who_trains(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         if ".original_module." not in name:
             rows.setdefault(part_of(name), []).append(parameter)
-    lines = [f"{'part':<10} {'parameters':>14} {'trainable':>14}  type"]
+    lines = [f"{'part':<11} {'parameters':>14} {'trainable':>14}  type"]
     for part, parameters in rows.items():
-        size = sum(p.numel() for p in parameters)
+        size = sum(_size(p) for p in parameters)
         trainable = sum(p.numel() for p in parameters if p.requires_grad)
         types = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
-        lines.append(f"{part:<10} {size:>14,} {trainable or 'frozen':>14{',' if trainable else ''}}  {types}")
+        lines.append(f"{part:<11} {size:>14,} {trainable or 'frozen':>14{',' if trainable else ''}}  {types}")
     return "\n".join(lines)
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """Weights in a parameter: 4-bit ones lie two to a byte."""
+    return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -144,26 +215,40 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return dict(_checksums(model))
 
 
-def verify_moved(model: nn.Module, before: dict[str, Tensor], plan: TunePlan) -> None:
+def verify_moved(model: nn.Module, before: dict[str, Tensor], plan: TunePlan) -> str:
     """Compare with `before` after the first optimizer step that saw an image (at a learning rate above 0).
 
-    Raises ModelError if a parameter that the plan freezes changed a bit, or one that it trains did not change.
+    Returns what was found, part by part. Raises ModelError if a parameter that the plan freezes changed a bit, or one
+    that it trains did not change; of bfloat16 weights, whose small updates are rounded away, only if a whole part did
+    not.
     """
-    stuck, leaked = [], []
+    kept = never_trained(model)
+    moved: dict[str, int] = {}
+    stuck: dict[str, list[str]] = {}
+    leaked = []
     for name, checksum in _checksums(model):
-        moved = not torch.equal(checksum, before[name])
-        if _declared_trainable(name, plan):
-            # LoRA's A gets no gradient while B is still zero.
-            if not moved and ".lora_A." not in name:
-                stuck.append(name)
-        elif moved:
-            leaked.append(name)
-    for names, complaint in ((leaked, "frozen but changed"), (stuck, "declared trainable but did not change")):
+        changed = not torch.equal(checksum, before[name])
+        part = part_of(name)
+        if not _declared_trainable(name, plan, kept):
+            leaked += [name] if changed else []
+        elif changed:
+            moved[part] = moved.get(part, 0) + 1
+        elif ".lora_A." not in name:  # LoRA's A gets no gradient while B is still zero
+            stuck.setdefault(part, []).append(name)
+    rounded = {part: names for part, names in stuck.items() if plan.weights == "bfloat16" and part in moved}
+    still = [name for part, names in stuck.items() if part not in rounded for name in names]
+    for names, complaint in ((leaked, "frozen but changed"), (still, "declared trainable but did not change")):
         if names:
             raise ModelError(
                 f"after the first step {len(names)} tensors are {complaint}: {', '.join(names[:3])}; "
                 "check that the optimizer holds tuning.parameter_groups of this very model"
             )
+    found = [
+        f"{part}: {count} tensors moved"
+        + (f", {len(rounded[part])} did not (updates below bfloat16's resolution)" if part in rounded else "")
+        for part, count in moved.items()
+    ]
+    return "; ".join(found) + "; everything else is bit-identical"
 
 
 def _checksums(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -5,6 +5,7 @@ into them (copy first).
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,23 +94,30 @@ def llama3_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token="<|end_of_text|>")
 
 
+def tiny_llama(**changes: Any) -> LlamaConfig:
+    """Two layers with grouped-query attention and LLaMA-3's RoPE."""
+    settings = {
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "initializer_range": 0.2,
+    }
+    return LlamaConfig(**settings | changes)
+
+
 def write_llm(folder: Path, seed: int = 0, tie_word_embeddings: bool = False) -> Path:
     """Write a random Llama of two layers with a LLaMA-3-like tokenizer."""
     torch.manual_seed(seed)
     tokenizer = llama3_tokenizer()
-    config = LlamaConfig(
+    config = tiny_llama(
         vocab_size=len(tokenizer),
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=tie_word_embeddings,
-        initializer_range=0.2,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -4,19 +4,25 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
-from conftest import IMAGE_TOKENS, write_encoder, write_llm
+from chat_tokenizers import write_sentencepiece
+from conftest import IMAGE_TOKENS, tiny_llama, write_encoder, write_llm
+from hub_server import HubServer
+from publishing import server as server
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaForConditionalGeneration, LlavaProcessor
 
+from encoders import manifest
 from encoders.errors import ModelError, UsageError
 from encoders.pretrained import load_strict
 from llava_adapter.chat import TEMPLATES, ChatTemplate
-from llava_adapter.compose import compose, describe, prepare_tokenizer
-from llava_adapter.data import image_token_count
+from llava_adapter.compose import build, compose, describe, draft
+from llava_adapter.geometry import geometry_of, image_token_count
 from llava_adapter.save import load_llava, portable_state, save_llava
+from llava_adapter.tokenizer import prepare_tokenizer
 
 
 def edit_config(folder: Path, file: str = "config.json", **changes: object) -> None:
@@ -37,7 +43,7 @@ def test_parts_arrive_unchanged(tiny_encoder: Path, tiny_llm: Path) -> None:
         assert torch.equal(fed[0], states[-2][:, 1:])
         assert torch.equal(model(ids).logits, LlamaForCausalLM.from_pretrained(tiny_llm)(ids).logits)
     assert model.config.text_config.vocab_size == 409, "a spare token served as image token: no resize"
-    assert f"takes {IMAGE_TOKENS} tokens" in describe(model, processor)
+    assert f"takes {IMAGE_TOKENS} tokens" in describe(model.config, processor)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -91,10 +97,10 @@ def test_portable_layout(tiny_llava: Path) -> None:
 
 
 def test_scaled_rope_keeps_its_scaling(tiny_encoder: Path, tmp_path: Path) -> None:
-    """LLaMA-3.1 scales its RoPE: 4.57 finds it under rope_scaling, 5 under rope_parameters."""
+    """LLaMA-3.1 and 3.2 scale their RoPE: 4.57 finds it under rope_scaling, 5 under rope_parameters. 3.2 is tied."""
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling["original_max_position_embeddings"] = 64
-    llm = write_llm(tmp_path / "llm")
+    llm = write_llm(tmp_path / "llm", tie_word_embeddings=True)
     edit_config(llm, rope_parameters=scaling | {"rope_theta": 500000.0})
     model, processor = compose(tiny_encoder, llm, "llama3", torch.float32)
     save_llava(model, processor, tmp_path / "llava")
@@ -104,6 +110,8 @@ def test_scaled_rope_keeps_its_scaling(tiny_encoder: Path, tmp_path: Path) -> No
     ids = torch.arange(90)[None] + 100
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    assert "tied" in describe(model.config, processor)
 
 
 def test_one_bos_on_every_path(tiny_llava: Path) -> None:
@@ -197,7 +205,7 @@ def test_folders_of_the_wrong_kind(tiny_encoder: Path, tiny_llm: Path, tmp_path:
     with pytest.raises(ModelError, match="lacks <|im_start|>"):
         compose(tiny_encoder, tiny_llm, "chatml", torch.float32)
     for template in ("plain", "vicuna"):
-        with pytest.raises(UsageError, match="choose one of: llama3, chatml"):
+        with pytest.raises(UsageError, match="choose one of: llama3, vicuna_v1, chatml"):
             compose(tiny_encoder, tiny_llm, template, torch.float32)
 
 
@@ -220,3 +228,120 @@ def test_a_model_with_an_adapter_is_not_saved_as_plain(tiny_llava: Path) -> None
     apply(model, STAGES["lora"])
     with pytest.raises(ModelError, match="merge the adapter"):
         portable_state(model)
+
+
+def test_the_plan_is_told_before_any_weight_is_read(tiny_encoder: Path, tiny_llm: Path, tmp_path: Path) -> None:
+    """From the small files alone, and just what the loaded model then is."""
+    for name, folder in (("encoder", tiny_encoder), ("llm", tiny_llm)):
+        shutil.copytree(folder, tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
+    plan = draft(tmp_path / "encoder", tmp_path / "llm", "llama3", "pad", torch.float32)
+    assert not any(tmp_path.rglob("*.safetensors"))
+    told = str(plan)
+    assert "32 x 32 pixels, padded to a square with the mean colour, resized (bicubic), patch 8: 4 x 4 patches" in told
+    assert "mean 0.4 0.5 0.6, std 0.2 0.25 0.3" in told
+    assert "image <image> = 402, end <|eot_id|> = 408, pad <|finetune_right_pad_id|> = 404" in told
+    with pytest.raises(ModelError, match="holds no model.safetensors"):
+        build(plan)
+    model, processor = compose(tiny_encoder, tiny_llm, "llama3", torch.float32, "pad")
+    assert describe(model.config, processor) == told
+    sizes = {"tower": model.model.vision_tower, "LLM": model.model.language_model}
+    for name, part in sizes.items():
+        assert f"{name} {sum(p.numel() for p in part.parameters()):,}" in told
+
+
+def test_models_from_the_hub(server: HubServer, tiny_encoder: Path, tiny_llm: Path) -> None:
+    """An id works where a folder does; drafting fetches no weights, and a gated or missing model is told as such."""
+    client = huggingface_hub.HfApi()
+    for repo, folder in (("someone/encoder", tiny_encoder), ("someone/llm", tiny_llm)):
+        client.create_repo(repo)
+        client.upload_folder(repo_id=repo, folder_path=folder)
+    plan = draft("someone/encoder", "someone/llm", "llama3", "crop", torch.float32)
+    assert server.count("GET", "resolve/.*safetensors$") == 0
+    assert str(plan) == str(draft(tiny_encoder, tiny_llm, "llama3", "crop", torch.float32))
+    torch.manual_seed(0)
+    fetched = build(plan).state_dict()
+    assert server.count("GET", "resolve/.*safetensors$") == 2
+    torch.manual_seed(0)
+    local = compose(tiny_encoder, tiny_llm, "llama3", torch.float32)[0].state_dict()
+    assert all(torch.equal(fetched[name], local[name]) for name in local)
+    with pytest.raises(ModelError, match="(?s)someone/none is neither on this machine nor to be had.*hf auth login"):
+        draft("someone/encoder", "someone/none", "llama3", "crop", torch.float32)
+    with pytest.raises(UsageError, match="no folder, and no id"):
+        draft(tiny_encoder, "/nowhere/at all", "llama3", "crop", torch.float32)
+
+
+def test_a_trained_projector_fits_only_what_it_was_trained_between(
+    tiny_encoder: Path, tiny_llm: Path, tmp_path: Path
+) -> None:
+    model, processor = compose(tiny_encoder, tiny_llm, "llama3", torch.float32)
+    trained = {name: tensor.clone() for name, tensor in model.model.multi_modal_projector.state_dict().items()}
+    save_llava(model, processor, tmp_path / "llava")
+    folders = {"encoder": tiny_encoder, "llm": tiny_llm}
+    origin = {role: {"fingerprint": manifest.fingerprint(folder)} for role, folder in folders.items()}
+    manifest.seal(tmp_path / "llava", "llava", origin)
+    plan = draft(tiny_encoder, tiny_llm, "llama3", "crop", torch.float32)
+    taken = build(plan, tmp_path / "llava").model.multi_modal_projector.state_dict()
+    assert all(torch.equal(taken[name], trained[name]) for name in trained)
+    assert not all(torch.equal(fresh, trained[name]) for name, fresh in _projector(build(plan)).items())
+
+    other = draft(write_encoder(tmp_path / "other", seed=1), tiny_llm, "llama3", "crop", torch.float32)
+    with pytest.raises(ModelError, match=r"trained on another encoder \(sha256 [0-9a-f]{12}\)"):
+        build(other, tmp_path / "llava")
+    other = draft(tiny_encoder, write_llm(tmp_path / "llm", seed=1), "llama3", "crop", torch.float32)
+    with pytest.raises(ModelError, match="trained on another llm"):
+        build(other, tmp_path / "llava")
+    # The manifest may still name the encoder when the tower has been trained on since.
+    with torch.no_grad():
+        next(model.model.vision_tower.parameters()).add_(0.1)
+    save_llava(model, processor, tmp_path / "moved")
+    manifest.seal(tmp_path / "moved", "llava", origin)
+    with pytest.raises(ModelError, match=r"differs from .* in 1 tensors.*its tower was trained too"):
+        build(plan, tmp_path / "moved")
+
+
+def _projector(model: LlavaForConditionalGeneration) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = model.model.multi_modal_projector.state_dict()
+    return state
+
+
+def test_vicuna_grows_and_says_the_same_after_reload(tiny_encoder: Path, tmp_path: Path) -> None:
+    """A SentencePiece tokenizer has no spare token, and puts a space before every text until it is told not to."""
+    llm = write_sentencepiece(tmp_path / "llm")
+    LlamaForCausalLM(tiny_llama(vocab_size=500)).save_pretrained(llm)
+    model, processor = compose(tiny_encoder, llm, "vicuna_v1", torch.float32)
+    tokenizer = processor.tokenizer
+    assert model.config.text_config.vocab_size == 512
+    assert (tokenizer.image_token_id, tokenizer.pad_token_id) == (500, 501)
+    assert model.generation_config.eos_token_id == [tokenizer.convert_tokens_to_ids("</s>")]
+    save_llava(model, processor, tmp_path / "llava")
+    loaded = load_llava(tmp_path / "llava", torch.float32)[1].tokenizer
+    text = "<s> a dog <image>\nWhat? ASSISTANT: left</s>USER: é😀"
+    assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert loaded.tokenize(text)[:2] == ["<s>", "▁a"]
+    (llm / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"tokenizer\.model is the older form"):
+        compose(tiny_encoder, llm, "vicuna_v1", torch.float32)
+
+
+def test_a_tokenizer_of_another_model(tiny_encoder: Path, tiny_llm: Path, tmp_path: Path) -> None:
+    llm = tmp_path / "llm"
+    shutil.copytree(tiny_llm, llm)
+    edit_config(llm, vocab_size=300)
+    with pytest.raises(ModelError, match="tokenizer.json has 409 tokens but config.json vocab_size 300"):
+        compose(tiny_encoder, llm, "llama3", torch.float32)
+    with pytest.raises(ModelError, match="lacks <s>, </s>"):
+        compose(tiny_encoder, tiny_llm, "vicuna_v1", torch.float32)
+    (llm / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="is not a tokenizer"):
+        compose(tiny_encoder, llm, "llama3", torch.float32)
+
+
+def test_a_squashing_encoder_is_cropped_or_padded_as_asked(tiny_encoder: Path, tiny_llm: Path, tmp_path: Path) -> None:
+    """CLIPS' released weights squash at test time; a LLaVA's geometry is its recipe's."""
+    folder = tmp_path / "encoder"
+    shutil.copytree(tiny_encoder, folder)
+    edit_config(folder, "preprocessor_config.json", size={"height": 32, "width": 32}, resample=2)
+    for geometry, kind in (("crop", "CLIPImageProcessor"), ("pad", "LlavaImageProcessor")):
+        images = compose(folder, tiny_llm, "llama3", torch.float32, geometry)[1].image_processor
+        assert (type(images).__name__, int(images.resample), images.size) == (kind, 2, {"shortest_edge": 32})
+        assert geometry_of(images) == geometry

@@ -15,13 +15,24 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from llava_runs import sealed, write_chats
 from pair_shards import sample, write_shards
 from torch import Tensor
 
 from encoders import manifest
 from encoders.config import EncoderConfig
-from train import loop, pair_task, start
-from train.config import RECIPES, OptimConfig, PairData, PretrainConfig, ResolutionConfig, RunConfig, load_yaml, parse
+from train import llava_task, loop, pair_task, signals, start
+from train.config import (
+    RECIPES,
+    LlavaConfig,
+    OptimConfig,
+    PairData,
+    PretrainConfig,
+    ResolutionConfig,
+    RunConfig,
+    load_yaml,
+    parse,
+)
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
 IMAGENET = 1_281_167  # samples of an "ImageNet epoch"
@@ -29,6 +40,8 @@ SAMPLES, BATCH, PATCH = 16, 8, 8
 CONTENTS = {recipe.stem: load_yaml(recipe) for recipe in sorted(RECIPES.glob("*.yaml"))}
 PRETRAIN = [stem for stem, content in CONTENTS.items() if "model" in content]
 RESOLUTION = [stem for stem, content in CONTENTS.items() if "image_size" in content]
+LLAVA = [stem for stem, content in CONTENTS.items() if "stage" in content]
+FULL_SIZE_LLAVA = [stem for stem in LLAVA if not stem.endswith("_demo")]
 FULL_SIZE = [stem for stem in (*PRETRAIN, *RESOLUTION) if not stem.endswith("_demo")]
 SIZES = {"layers", "width", "heads", "mlp_width", "patch_size", "embed_dim", "threads", "eval_every"}
 Trained = tuple[Path, dict[str, tuple[Tensor, Tensor]]]
@@ -69,7 +82,8 @@ def shrunk_run(run: RunConfig, out: Path, micro_batches: int) -> RunConfig:
 def one_step(task: pair_task.PairTask, run: RunConfig, optim: OptimConfig, accelerator: Accelerator) -> Trained:
     """The run's folder, and each trainable parameter before and after its only step."""
     before = {name: p.detach().clone() for name, p in task.module.named_parameters() if p.requires_grad}
-    loop.train(task, run, replace(optim, warmup_steps=0), accelerator)
+    with signals.StopRequest() as stop:
+        loop.train(task, run, replace(optim, warmup_steps=0), stop, accelerator)
     after = dict(task.module.named_parameters())
     return run.out, {name: (value, after[name].detach()) for name, value in before.items()}
 
@@ -170,6 +184,60 @@ def test_a_resolution_recipe_starts_from_a_shipped_one(stem: str) -> None:
     assert before < CONTENTS[stem]["image_size"]
 
 
+def llava_config(stem: str) -> LlavaConfig:
+    return parse(LlavaConfig, "unused", ["--config", str(RECIPES / f"{stem}.yaml")])
+
+
+@pytest.mark.parametrize("stem", LLAVA)
+def test_a_llava_stage_takes_a_step(
+    stem: str, tiny_encoder: Path, tiny_llm: Path, tiny_llava: Path, tmp_path: Path
+) -> None:
+    """As the recipe says, but for sizes and paths: the tiny models have LLaMA-3's template."""
+    config = llava_config(stem)
+    chats = write_chats(tmp_path / "chats", captions=config.stage == "projector")
+    sources: dict[str, Any] = {"encoder": tiny_encoder, "llm": tiny_llm, "template": "llama3"}
+    if config.stage != "projector":
+        sources = {"llava": sealed(tiny_llava, tmp_path / "llava")}
+    run = replace(config.run, out=tmp_path / "run", steps=1, batch_size=4, micro_batches=2, workers=0, threads=1)
+    data = replace(config.data, chats=chats, images=chats.parent)
+    config = replace(config, **sources, run=run, data=data, lora_r=4, lora_alpha=8)
+    run.out.mkdir()
+    accelerator = start.build_accelerator(run)
+    with signals.StopRequest() as stop:
+        loop.train(llava_task.build(config), run, replace(config.optim, warmup_steps=0), stop, accelerator)
+    seal = manifest.read(run.out, "llava")
+    assert seal.metrics["samples_seen"] == 4
+    assert (run.out / "adapter").is_dir() == (config.stage in ("lora", "qlora"))
+
+
+@pytest.mark.parametrize("stem", FULL_SIZE_LLAVA)
+def test_llava_recipes_follow_llava(stem: str) -> None:
+    """LLaVA-1.5's table; one epoch, 3 % warm-up; its stage 1 crops and its stage 2 pads."""
+    config = llava_config(stem)
+    samples, batch = (558_128, 256) if stem == "projector" else (665_298, 128)
+    rates = {"projector": (1e-3,), "full": (2e-5, 2e-5), "tower": (1e-5, 1e-5, 2e-6)}
+    own = (config.optim.lr, config.projector_lr, config.vision_lr)
+    assert own[: len(rates.get(stem, (0, 0)))] == rates.get(stem, (2e-4, 2e-5))
+    assert config.run.batch_size == batch
+    assert config.run.steps == round(samples / batch)
+    assert config.optim.warmup_steps == round(0.03 * config.run.steps)
+    assert (config.optim.weight_decay, config.optim.betas, config.optim.clip_norm) == (0.0, (0.9, 0.999), None)
+    assert config.data.geometry == ("crop" if stem == "projector" else "pad")
+    assert config.data.max_length == 2048
+    assert (config.run.precision, config.weights, config.checkpointing) == ("bf16", "float32", "none")
+    if "lora" in stem:
+        assert (config.lora_r, config.lora_alpha, config.lora_dropout) == (128, 256, 0.05)
+
+
+@pytest.mark.parametrize("stem", FULL_SIZE_LLAVA)
+def test_a_demo_of_the_same_stage_stands_beside_each_llava_recipe(stem: str) -> None:
+    [demo] = re.findall(r"^# Demo of the same shape: (\w+_demo)\.yaml$", (RECIPES / f"{stem}.yaml").read_text(), re.M)
+    assert f"Stands for {stem}.yaml." in (RECIPES / f"{demo}.yaml").read_text()
+    full, small = llava_config(stem), llava_config(demo)
+    for name in ("stage", "vision", "language", "bits", "weights", "checkpointing", "packing"):
+        assert getattr(full, name) == getattr(small, name)
+
+
 @pytest.mark.parametrize("stem", FULL_SIZE)
 def test_a_demo_of_the_same_shape_stands_beside_each_full_size_recipe(stem: str) -> None:
     [demo] = re.findall(r"^# Demo of the same shape: (\w+_demo)\.yaml$", (RECIPES / f"{stem}.yaml").read_text(), re.M)
@@ -194,6 +262,6 @@ def test_the_documentation_has_every_recipe() -> None:
     rows = [line for line in DOCS.read_text().splitlines() if line.startswith("| `")]
     for stem in CONTENTS:
         [row] = [row for row in rows if row.startswith(f"| `{stem}`")]
-        if stem in FULL_SIZE:
+        if stem in (*FULL_SIZE, *FULL_SIZE_LLAVA):
             [demo] = re.findall(r"Demo of the same shape: (\w+)\.yaml", (RECIPES / f"{stem}.yaml").read_text())
             assert f"`{demo}`" in row

@@ -24,6 +24,7 @@ RECIPES = Path(__file__).parent / "recipes"
 FREE_RUN_KEYS = (
     *("out", "resume", "workers", "log_every", "eval_every", "save_every", "keep", "tracker", "hang_limit"),
 )
+SHORT_FLAGS = {"--resume": "--run.resume=true", "--dry-run": "--dry_run=true"}
 Config = TypeVar("Config")
 
 
@@ -141,42 +142,85 @@ class ResolutionConfig:
 
 @dataclass(frozen=True)
 class ChatData:
-    """LLaVA json and the folder its image paths start from."""
+    """Conversations, as docs/llava_data.md describes them, and how their pictures are shown."""
 
     chats: Path = Path("runs/demo/scenes/chats.json")
+    """A json of LLaVA's or ShareGPT's, or a folder of Dataset.save_to_disk or of parquet files."""
     images: Path = Path("runs/demo/scenes")
+    """Folder that image paths start from."""
     max_length: int = 2048
-    """Tokens per conversation, image tokens included."""
+    """Tokens per conversation, image tokens included; what is longer loses whole turns from its end."""
+    geometry: Literal["crop", "pad"] = "crop"
+    """crop: short side resized, centre kept. pad: made square with the mean colour. Saved with the LLaVA."""
+    missing: Literal["error", "skip"] = "error"
+    """An entry whose picture is not there stops the run, or is left out and counted."""
+    max_bad_fraction: float = 0.0
+    """The run stops when a larger share of its conversations cannot be used: the picture does not open, or no answer
+    fits into max_length."""
+
+    def __post_init__(self) -> None:
+        if self.max_length < 1:
+            raise UsageError(f"data.max_length is {self.max_length} but must be at least 1")
+        if not 0 <= self.max_bad_fraction < 1:
+            raise UsageError(f"data.max_bad_fraction is {self.max_bad_fraction} but must be from 0 to below 1")
 
 
 @dataclass(frozen=True)
 class LlavaConfig:
     """train/tune_llava.py"""
 
-    stage: Literal["projector", "lora"] = "projector"
+    stage: Literal["projector", "full", "lora", "qlora", "tower"] = "projector"
+    """projector: the projector alone, between an encoder and an LLM. full: projector and LLM. lora, qlora: projector in
+    full and LoRA on the LLM, which qlora holds in 4 or 8 bits. tower: the vision tower as well."""
     encoder: Path | None = None
-    """CLIPVisionModel folder (stage projector)."""
+    """CLIPVisionModel folder, or its id on the Hub (stage projector)."""
     llm: Path | None = None
-    """Llama folder (stage projector)."""
-    template: Literal["llama3", "chatml"] = "llama3"
+    """Llama folder, or its id on the Hub (stage projector)."""
+    projector: Path | None = None
+    """LLaVA folder whose trained projector stage projector begins with; only one of this encoder and LLM is taken."""
+    template: Literal["llama3", "vicuna_v1", "chatml"] = "llama3"
     """Chat template of the LLM; stage projector itself trains on the plain one."""
     llava: Path | None = None
-    """LLaVA folder written by stage projector (stage lora)."""
+    """LLaVA folder written by an earlier stage (every stage but projector)."""
     lora_r: int = 128
     lora_alpha: int = 256
     lora_dropout: float = 0.05
     projector_lr: float = 2e-5
-    """Of the projector in stage lora; optim.lr is the projector's in stage projector and LoRA's in stage lora."""
+    """Of the projector after stage projector, where optim.lr is; optim.lr is then the LLM's or its LoRA's."""
+    vision_lr: float = 2e-6
+    """Of the vision tower in stage tower."""
+    vision: Literal["lora", "full"] = "full"
+    """How stage tower trains the vision tower."""
+    language: Literal["frozen", "lora", "full"] = "lora"
+    """How stage tower trains the LLM."""
+    bits: Literal[4, 8] = 4
+    """Of the LLM's frozen weights in stage qlora."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """Of what trains. bfloat16 halves its memory and rounds small updates away: most of those of stage full."""
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    """Activations that are computed again in the backward pass; try selective before full."""
+    packing: bool = True
+    """The conversations of a micro-batch lie end to end in one row, so that nothing is padded."""
+    held_out: Path | None = None
+    """Conversations like data.chats whose loss is taken every run.eval_every steps and at the end."""
+    dry_run: bool = False
+    """Print what the run would do and cost, and stop."""
     run: RunConfig = field(default_factory=RunConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: ChatData = field(default_factory=ChatData)
 
     def __post_init__(self) -> None:
-        needed = {"projector": ("encoder", "llm"), "lora": ("llava",)}[self.stage]
+        needed = ("encoder", "llm") if self.stage == "projector" else ("llava",)
         for name in ("encoder", "llm", "llava"):
             if (getattr(self, name) is not None) != (name in needed):
                 problem = "needs" if name in needed else "takes no"
                 raise UsageError(f"stage {self.stage} {problem} `{name}`; it reads {' and '.join(needed)}")
+        if self.projector is not None and self.stage != "projector":
+            raise UsageError(f"stage {self.stage} takes no `projector`; its llava has one")
+        if self.stage == "tower" and (self.vision, self.language) == ("lora", "full"):
+            raise UsageError(
+                "stage tower: `vision: lora` does not go with `language: full`; choose lora or full for both"
+            )
 
 
 @dataclass(frozen=True)
@@ -225,7 +269,7 @@ def parse(config_class: type[Config], default_recipe: str, arguments: Sequence[s
     if not arguments:
         arguments = ["--config", str(RECIPES / default_recipe)]
         print(f"no arguments given: running the demo recipe train/recipes/{default_recipe}")
-    arguments = ["--run.resume=true" if argument == "--resume" else argument for argument in arguments]
+    arguments = [SHORT_FLAGS.get(argument, argument) for argument in arguments]
     check_keys(arguments, config_class)
     parser = ArgumentParser(prog=Path(sys.argv[0]).name, description=config_class.__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file; later --key.sub value arguments override it")

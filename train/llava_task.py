@@ -1,5 +1,6 @@
-"""The task of both LLaVA stages: answers in conversations about pictures, by a stock LLaVA around the encoder."""
+"""The task of every LLaVA stage: answers in conversations about pictures, by a stock LLaVA around the encoder."""
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,46 +15,73 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from encoders import manifest
 from encoders.data.order import Shards, Unsharded
-from llava_adapter import data, save, tuning
+from llava_adapter import compose, packing, save, tuning
 from llava_adapter.chat import IGNORED, TEMPLATES, template_of
-from llava_adapter.compose import compose, describe
-from llava_adapter.objective import AnswerObjective
+from llava_adapter.data.batch import collate
+from llava_adapter.data.dataset import ChatDataset, TrainingChats
+from llava_adapter.data.readers import read_chats
+from llava_adapter.geometry import with_geometry
+from llava_adapter.objective import AnswerObjective, checkpoint_activations
+from llava_adapter.quantised import load_quantised
 from train.config import LlavaConfig
 from train.loop import Artifact, Batch
 
+SHORTENED = ("lost_turns", "cut_tokens")  # by data.max_length
 CAPTION_TEMPLATE = "plain"  # of LLaVA-1.5's first stage: the picture, then its caption
+# Settings that name this arm, or say how to start rather than what.
+PATHS = ("stage", "encoder", "llm", "llava", "projector", "dry_run")
+
+
+def build(config: LlavaConfig) -> "LlavaTask":
+    """The stage that the config names."""
+    return projector(config) if config.stage == "projector" else later(config)
 
 
 def projector(config: LlavaConfig) -> "LlavaTask":
     """Stage 1: compose encoder and LLM, train the fresh projector between them on captions."""
     assert config.encoder is not None
     assert config.llm is not None  # LlavaConfig refuses the stage without them
-    model, processor = compose(config.encoder, config.llm, config.template, torch.bfloat16)
-    plan = replace(tuning.STAGES["projector"], projector_lr=config.optim.lr)
-    parents = {"encoder": config.encoder, "llm": config.llm}
+    plan = compose.draft(config.encoder, config.llm, config.template, config.data.geometry, torch.bfloat16)
+    print(plan)
+    model = compose.build(plan, config.projector)
     origin = {
-        "encoder": {"path": str(config.encoder), "fingerprint": manifest.fingerprint(config.encoder)},
-        "llm": {"fingerprint": manifest.fingerprint(config.llm)},
+        "encoder": {"path": str(config.encoder), "fingerprint": manifest.fingerprint(plan.encoder)},
+        "llm": {"fingerprint": manifest.fingerprint(plan.llm)},
         "template": config.template,
     }
-    return LlavaTask(config, origin, model, processor, plan, CAPTION_TEMPLATE, parents)
+    parents = {"encoder": plan.encoder, "llm": plan.llm}
+    return LlavaTask(config, origin, model, plan.processor, CAPTION_TEMPLATE, parents)
 
 
-def lora(config: LlavaConfig) -> "LlavaTask":
-    """Stage 2: LoRA on the LLM and the projector in full, on conversations."""
+def later(config: LlavaConfig) -> "LlavaTask":
+    """Every other stage: a LLaVA that an earlier one wrote, on conversations."""
     assert config.llava is not None  # LlavaConfig refuses the stage without it
     origin = manifest.read(config.llava, "llava").config
-    model, processor = save.load_llava(config.llava, torch.bfloat16)
+    if config.stage == "qlora":
+        processor, model = save.load_processor(config.llava), load_quantised(config.llava, config.bits, torch.bfloat16)
+    else:
+        model, processor = save.load_llava(config.llava, torch.bfloat16)
+    processor.image_processor = with_geometry(processor.image_processor, config.data.geometry)
+    print(compose.describe(model.config, processor))
+    if config.stage == "tower":  # no longer the tower of that fingerprint
+        origin = {**origin, "encoder": {**origin["encoder"], "trained_further": True}}
+    template = template_of(processor.tokenizer.chat_template)
+    return LlavaTask(config, origin, model, processor, template, {"llava": config.llava})
+
+
+def plan_of(config: LlavaConfig) -> tuning.TunePlan:
+    """The stage's plan with the config's rates and sizes."""
     plan = replace(
-        tuning.STAGES["lora"],
-        lr=config.optim.lr,
-        projector_lr=config.projector_lr,
+        tuning.STAGES[config.stage],
         lora_r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
+        weights=config.weights,
     )
-    template = template_of(processor.tokenizer.chat_template)
-    return LlavaTask(config, origin, model, processor, plan, template, {"llava": config.llava})
+    if config.stage == "projector":
+        return replace(plan, projector_lr=config.optim.lr)
+    plan = replace(plan, lr=config.optim.lr, projector_lr=config.projector_lr, vision_lr=config.vision_lr)
+    return replace(plan, vision=config.vision, llm=config.language) if config.stage == "tower" else plan
 
 
 class LlavaTask:
@@ -65,30 +93,42 @@ class LlavaTask:
         origin: dict[str, Any],
         model: LlavaForConditionalGeneration,
         processor: LlavaProcessor,
-        plan: tuning.TunePlan,
         template: str,
         parents: dict[str, Path],
     ):
-        chats = data.read_chats(config.data.chats, config.data.images)
         self.name: str = config.stage
-        self.plan, self.processor = plan, processor
+        self.stage, self.processor, self.plan = config, processor, plan_of(config)
         self.config = {**origin, config.stage: _settings(config)}
         self.parents = {**parents, "chats": config.data.chats}
-        print(describe(model, processor))
-        self.model = tuning.apply(model, plan).train()
+        chats = self._chats(config.data.chats, template)
+        self.held_out = self._chats(config.held_out, template) if config.held_out is not None else None
+        if config.packing:
+            packing.enable(model)
+        self.model = tuning.apply(model, self.plan).train()
+        checkpoint_activations(self.model, config.checkpointing)
         print(tuning.who_trains(self.model))
         self.module: nn.Module = AnswerObjective(self.model)
         self.entries: tuple[str, ...] = ()
         self.data_fingerprint = manifest.fingerprint(config.data.chats)
-        dataset = data.ChatDataset(chats, processor, TEMPLATES[template], config.data.max_length)
-        self.dataset: Dataset[dict[str, Any]] = _Indexed(dataset)
-        self.shards: Shards = Unsharded(len(dataset))
-        self.max_bad_fraction = 0.0
+        self.dataset: Dataset[dict[str, Any]] = TrainingChats(chats, config.run.seed)
+        self.shards: Shards = Unsharded(len(chats))
+        self.max_bad_fraction = config.data.max_bad_fraction
         self.before: dict[str, Tensor] = tuning.snapshot(self.model)
 
+    def _chats(self, file: Path, template: str) -> ChatDataset:
+        data = self.stage.data
+        chats = read_chats(file, data.images, data.missing)
+        print(chats.findings)
+        return ChatDataset(chats, self.processor, TEMPLATES[template], data.max_length)
+
     def collate(self, examples: list[dict[str, Any]]) -> Batch:
-        batch = data.collate(examples, self.processor.tokenizer.pad_token_id)
-        return {**batch, "sample_ids": batch["id"], "bad": []}
+        batch = collate(examples, self.processor.tokenizer.pad_token_id, self.stage.packing)
+        return {
+            **batch,
+            "sample_ids": [example["sample_id"] for example in examples],
+            "bad": [report for example in examples for report in example["bad"]],
+            "shortened": torch.tensor([sum(example[name] for example in examples) for name in SHORTENED]),
+        }
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return tuning.parameter_groups(self.model, self.plan)
@@ -105,7 +145,8 @@ class LlavaTask:
                 loss = module(batch)["loss_sum"] * accelerator.num_processes / tokens
                 accelerator.backward(loss)
             total += loss.detach()
-        return {"loss": total, "tokens": tokens.float()}
+        shortened = accelerator.reduce(sum(batch["shortened"] for batch in micro_batches), "sum")
+        return {"loss": total, "tokens": tokens.float(), **dict(zip(SHORTENED, shortened.float(), strict=True))}
 
     def adopt(self, module: nn.Module) -> None:
         assert isinstance(module, AnswerObjective)
@@ -119,38 +160,42 @@ class LlavaTask:
         images = torch.tensor(sum(len(batch["pixel_values"]) for batch in micro_batches), device=accelerator.device)
         if not accelerator.reduce(images, "sum"):
             return None  # the projector had nothing to learn from
-        if accelerator.is_main_process:
-            tuning.verify_moved(self.model, self.before, self.plan)
+        found = tuning.verify_moved(self.model, self.before, self.plan) if accelerator.is_main_process else ""
         self.before = {}
-        return "first step with a picture: what should train has moved, what is frozen is bit-identical"
+        return f"first step with a picture: what should train has moved. {found}"
 
+    @torch.no_grad()
     def evaluate(self, accelerator: Accelerator) -> dict[str, float]:
-        return {}
+        """The held-out loss per supervised token."""
+        if self.held_out is None:
+            return {}
+        self.module.eval()
+        totals = [self.module(batch) for batch in self._held_out_batches(self.held_out, accelerator.device)]
+        self.module.train()
+        return {"held_out_loss": float(sum(t["loss_sum"] for t in totals) / sum(t["tokens"] for t in totals))}
+
+    def _held_out_batches(self, chats: ChatDataset, device: torch.device) -> Iterator[Batch]:
+        size = max(1, self.stage.run.batch_size // self.stage.run.micro_batches)
+        for first in range(0, len(chats), size):
+            samples = [chats[i] for i in range(first, min(first + size, len(chats)))]
+            batch = collate(samples, self.processor.tokenizer.pad_token_id, self.stage.packing)
+            yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
     def finish(self, out: Path, accelerator: Accelerator) -> Artifact:
-        if isinstance(self.model, PeftModel):
-            save.save_adapter(self.model, out / "adapter")
-            save.save_llava(save.merge(self.model), self.processor, out)
-        else:
+        metrics = self.evaluate(accelerator)
+        if not isinstance(self.model, PeftModel):
             save.save_llava(self.model, self.processor, out)
-        return Artifact("llava", self.parents)
-
-
-class _Indexed(Dataset[dict[str, Any]]):
-    """Looks conversations up by the loop's (epoch, sample id)."""
-
-    def __init__(self, chats: data.ChatDataset):
-        self.chats = chats
-
-    def __len__(self) -> int:
-        return len(self.chats)
-
-    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
-        return self.chats[item[1]]
+            return Artifact("llava", self.parents, metrics)
+        save.save_adapter(self.model, out / "adapter")
+        if self.name == "qlora":  # the adapter goes into the weights that were quantised, not into what is left of them
+            base, _ = save.load_llava(self.parents["llava"], torch.bfloat16)
+            self.model = save.load_adapter(base, out / "adapter")
+        save.save_llava(save.merge(self.model), self.processor, out)
+        return Artifact("llava", self.parents, metrics)
 
 
 def _settings(config: LlavaConfig) -> dict[str, Any]:
     """The recipe without the paths that name this arm."""
     settings = asdict(config)
     settings["run"].pop("out")
-    return {name: value for name, value in settings.items() if name not in ("stage", "encoder", "llm", "llava")}
+    return {name: value for name, value in settings.items() if name not in PATHS}

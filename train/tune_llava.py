@@ -3,7 +3,8 @@
     accelerate launch train/tune_llava.py --stage projector --config train/recipes/projector_demo.yaml [--resume]
     accelerate launch train/tune_llava.py --stage lora --config train/recipes/lora_demo.yaml [--resume]
 
-Stage projector writes a LLaVA folder; stage lora writes the merged LLaVA folder with its adapter/ inside.
+Every stage writes a LLaVA folder; those with LoRA the merged one, with its adapter/ inside. `--dry-run` prints what a
+run would do, write and take, and stops.
 """
 
 from encoders.errors import run_command
@@ -13,13 +14,20 @@ from train.config import LlavaConfig, parse
 def main() -> None:
     config = parse(LlavaConfig, "projector_demo.yaml")
     # Torch comes in only once the config is known to be right.
+    if config.stage == "qlora":
+        from llava_adapter.quantised import require_bitsandbytes
+
+        require_bitsandbytes()
+    if config.dry_run:
+        from train import llava_plan
+
+        return llava_plan.show(config)
     from train import llava_task, loop, signals, start, status
 
     start.prepare_folder(config.run)
     accelerator = start.build_accelerator(config.run)
     with signals.StopRequest() as stop, status.status(config.run, accelerator):
-        task = llava_task.projector(config) if config.stage == "projector" else llava_task.lora(config)
-        loop.train(task, config.run, config.optim, stop, accelerator)
+        loop.train(llava_task.build(config), config.run, config.optim, stop, accelerator)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,45 @@
+"""Finding and opening the pictures of conversations."""
+
+import io
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")  # OCR-VQA's entries all say .jpg, its files do not
+
+
+class Finder:
+    """Looks paths up below a root; a folder is listed once, however many of its files are asked for."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self._listed: dict[Path, dict[str, str]] = {}
+
+    def find(self, path: str) -> Path | None:
+        """The file at `path`, or the one that differs from it in nothing but the suffix; None if there is neither."""
+        file = self.root / path
+        names = self._names(file.parent)
+        if file.name in names:
+            return file
+        others = (names.get(file.stem.lower() + suffix) for suffix in SUFFIXES)
+        return next(
+            (file.with_name(name) for name in others if name is not None and Path(name).stem == file.stem), None
+        )
+
+    def _names(self, folder: Path) -> dict[str, str]:
+        """Names by themselves, and by themselves in small letters."""
+        if folder not in self._listed:
+            found = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+            self._listed[folder] = {name.lower(): name for name in found} | {name: name for name in found}
+        return self._listed[folder]
+
+
+def open_rgb(picture: Path | bytes | Image.Image) -> Image.Image:
+    """A picture's pixels, of an animation the first frame. Raises ValueError if it cannot be read."""
+    try:
+        if isinstance(picture, Image.Image):
+            return picture.convert("RGB")
+        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(str(error)) from error
