@@ -80,8 +80,8 @@ class AnswerObjective(nn.Module):
         return torch.autocast(device_type, dtype=torch.bfloat16)
 
     def _inputs(self, input_ids: Tensor, images: Tensor) -> dict[str, Tensor]:
-        """Words and pictures. Without a picture a blank one, times zero, takes the same way through tower, projector and
-        LLM: DDP waits for every parameter's gradient, and FSDP's ranks must gather and reduce in one order."""
+        """Words and pictures. Without a picture a blank one, times zero, takes the same way through tower, projector
+        and LLM: DDP waits for every parameter's gradient, and FSDP's ranks must gather and reduce in one order."""
         if len(images):
             return {"input_ids": input_ids, "pixel_values": images}
         blank = self.llava.model.get_image_features(images.new_zeros(1, *images.shape[1:]), return_dict=True)

@@ -1,9 +1,9 @@
 """Who trains: freeze, add LoRA, show it, and prove after the first step that it is so.
 
-What trains is float32 (a tower in part, as a whole); what is frozen keeps its type. With `weights: bfloat16` what trains
-is bfloat16 too: half the memory, but an update below 1/512 of a weight is rounded away. At a learning rate of 2e-5 that
-is nearly every update of a weight above 0.01, and a norm's weights never move; `verify_moved` counts the tensors that
-stood still.
+What trains is float32 (a tower in part, as a whole); what is frozen keeps its type. With `weights: bfloat16` what
+trains is bfloat16 too: half the memory, but an update below 1/512 of a weight is rounded away. At a rate of
+2e-5 that is nearly every update of a weight above 0.01, and a norm's weights never move; `verify_moved` counts the
+tensors that stood still.
 """
 
 from collections.abc import Iterator

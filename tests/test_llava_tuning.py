@@ -65,7 +65,7 @@ def parts_of(plan: TunePlan) -> list[str]:
 
 
 def test_verification_has_teeth(tiny_llava: Path) -> None:
-    """One changed bit in the tower, a bias of the projector that the optimizer forgot, an LLM that trains by mistake."""
+    """One changed bit in the tower, a bias of the projector that the optimizer forgot, an LLM that trains unasked."""
     model = apply(load(tiny_llava), LORA)
     assert isinstance(model, PeftModel)
     before = snapshot(model)
