@@ -16,10 +16,11 @@ def main() -> None:
     from train import llava_task, loop, signals, start, status
 
     start.prepare_folder(config.run)
-    accelerator = start.build_accelerator(config.run)
-    with signals.StopRequest() as stop, status.status(config.run, accelerator):
-        task = llava_task.projector(config) if config.stage == "projector" else llava_task.lora(config)
-        loop.train(task, config.run, config.optim, stop, accelerator)
+    with signals.StopRequest() as stop:
+        accelerator = start.build_accelerator(config.run)
+        with status.status(config.run, accelerator):
+            task = llava_task.projector(config) if config.stage == "projector" else llava_task.lora(config)
+            loop.train(task, config.run, config.optim, stop, accelerator)
 
 
 if __name__ == "__main__":
