@@ -14,7 +14,7 @@ from conftest import write_encoder
 from hub_server import HubServer, serve
 
 from encoders import manifest
-from encoders.publish.publishable import public_manifest
+from encoders.publish.publishable import check
 
 TOKEN = "hf_" + "loopback" * 4
 REPO = "someone/encoder"
@@ -68,10 +68,11 @@ def encoder(made: Path, tmp_path: Path) -> Path:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """The published form of an encoder folder."""
-    files = {name: folder / name for name in manifest.read(folder).files}
-    published = public_manifest(manifest.read(folder), files)
-    return {name: file.read_bytes() for name, file in files.items()} | {"manifest.json": published}
+    """The published form of an encoder folder: its files as they are, and a manifest without paths."""
+    published = check(folder, REPO).contents["manifest.json"]
+    assert isinstance(published, bytes)
+    files = {name: (folder / name).read_bytes() for name in manifest.read(folder).files}
+    return files | {"manifest.json": published}
 
 
 def at(server: HubServer, revision: str = "main") -> dict[str, bytes]:

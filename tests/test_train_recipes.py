@@ -22,6 +22,7 @@ from encoders import manifest
 from encoders.config import EncoderConfig
 from train import loop, pair_task, start
 from train.config import RECIPES, OptimConfig, PairData, PretrainConfig, ResolutionConfig, RunConfig, load_yaml, parse
+from train.signals import StopRequest
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
 IMAGENET = 1_281_167  # samples of an "ImageNet epoch"
@@ -69,7 +70,7 @@ def shrunk_run(run: RunConfig, out: Path, micro_batches: int) -> RunConfig:
 def one_step(task: pair_task.PairTask, run: RunConfig, optim: OptimConfig, accelerator: Accelerator) -> Trained:
     """The run's folder, and each trainable parameter before and after its only step."""
     before = {name: p.detach().clone() for name, p in task.module.named_parameters() if p.requires_grad}
-    loop.train(task, run, replace(optim, warmup_steps=0), accelerator)
+    loop.train(task, run, replace(optim, warmup_steps=0), StopRequest(), accelerator)
     after = dict(task.module.named_parameters())
     return run.out, {name: (value, after[name].detach()) for name, value in before.items()}
 
