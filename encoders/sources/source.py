@@ -71,8 +71,8 @@ class Source:
     """run, open_clip, clips, clipa, dreamlip or hf-clip."""
     provenance: dict[str, Any]
     """What goes into the card and the weights' metadata. Always `source`, `family`, `weights_sha256` and `notes` (what
-    was left out, and why); of a Hub id `base_model`, `commit` and its license's fields; of a run `objective` and `metrics`; of a
-    bare file `architecture`."""
+    was left out, and why); of a Hub id `base_model`, `commit` and its license's fields; of a run `objective` and
+    `metrics`; of a bare file `architecture`."""
     parents: dict[str, Path]
     """For the manifest."""
 

@@ -9,6 +9,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +72,8 @@ def _page(kills: int, seed: int, done: list[Trial], suites: dict[str, tuple[bool
         [
             "# What a run survives",
             "",
-            f"Written by `python tests/reliability --kills {kills} --seed {seed}` in {seconds / 60:.0f} minutes.",
+            f"Written on {date.today()} by `python tests/reliability --kills {kills} --seed {seed}` in "
+            f"{seconds / 60:.0f} minutes, with torch {version('torch')} and accelerate {version('accelerate')}.",
             "",
             f"**{good} of {len(done)}** runs that were killed (SIGKILL to all of their processes, at a random moment)",
             "went on with plain `--resume` to the weights, the optimizer state, the sample ledger and the losses of",
