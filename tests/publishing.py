@@ -90,6 +90,7 @@ def client(server: HubServer, tmp_path: Path, *command: str) -> subprocess.Popen
     environment = {
         **os.environ,
         "HF_ENDPOINT": server.url,
+        "HF_HUB_OFFLINE": "0",  # eval-mllm --data, run in this process by another test, leaves it at 1
         "HF_HUB_DISABLE_XET": "1",
         "HF_HOME": str(tmp_path / "home"),
     }
