@@ -4,7 +4,10 @@ All are random, float32 and made once per session. They have the layout of the r
 into them (copy first).
 """
 
+import os
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "0"  # read on import; the tests that need a Hub bring one of their own
 
 import pytest
 import torch
