@@ -18,11 +18,11 @@ demo: install
 	$(RUN)/python train/swap.py --config train/recipes/demo.yaml
 
 test: install
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --quiet --durations=10
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --quiet -rs --durations=10
 
 # The long half as well: side installs of older transformers, and whatever takes minutes.
 test-all: install
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --quiet --durations=10 -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --quiet -rs --durations=10 -m "slow or not slow"
 
 lint: install
 	$(RUN)/ruff check .

@@ -40,6 +40,13 @@ class VisionConfig:
     """`sincos2d` is fixed: never trained, regenerated at a new resolution."""
 
     def __post_init__(self) -> None:
+        for name in ("patch_size", "width", "layers", "heads", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"vision.{name} is {getattr(self, name)} but must be at least 1")
+        if self.image_size < self.patch_size:
+            raise UsageError(f"vision.image_size {self.image_size} has no room for a patch of {self.patch_size}")
+        if not self.norm_eps > 0:
+            raise UsageError(f"vision.norm_eps {self.norm_eps} must be above 0")
         if self.image_size % self.patch_size:
             below = self.image_size // self.patch_size * self.patch_size
             raise UsageError(

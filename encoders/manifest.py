@@ -195,12 +195,16 @@ def fingerprint(path: Path) -> str:
 def write_json(file: Path, content: Any) -> None:
     """Write JSON so that after a crash the old or the new content is there, never a part."""
     aside = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    with aside.open("w") as stream:
-        json.dump(content, stream, indent=2, sort_keys=True)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(file)
+    try:
+        with aside.open("w") as stream:
+            json.dump(content, stream, indent=2, sort_keys=True)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        aside.replace(file)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
     fsync_directory(file.parent)
 
 

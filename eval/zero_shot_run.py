@@ -67,7 +67,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError(f"--batch-size must be at least 1, not {args.batch_size}")
     if args.out is not None and not args.out.resolve().parent.is_dir():
         raise UsageError(f"--out {args.out}: its folder does not exist; make it first")
-    _kind(args.run)
     results = evaluate(args.run, specs, args.device, args.batch_size)
     print_table(results)
     if args.out is not None:
@@ -80,6 +79,7 @@ def evaluate(run: Path, specs: Sequence[ZeroShotSpec], device: str, batch_size: 
 
     Sets are opened before the model, so that what is wrong with them shows at once.
     """
+    kind = _kind(run)  # before any heavy import
     import torch
 
     from encoders import encoder_run
@@ -89,7 +89,7 @@ def evaluate(run: Path, specs: Sequence[ZeroShotSpec], device: str, batch_size: 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     sets = open_sets(specs)
-    model, tokenizer = encoder_run.load(run) if _kind(run) == "encoder-run" else two_towers.read(run)
+    model, tokenizer = encoder_run.load(run) if kind == "encoder-run" else two_towers.read(run)
     model.to(device)
     entries = []
     for one in sets:

@@ -15,6 +15,12 @@ from encoders import manifest
 from encoders.errors import DataError
 from encoders.manifest import Manifest
 
+DATASETS = {  # by bench, what lmms-eval's task reads
+    "mme": "lmms-lab-encoder/MME",
+    "pope": "lmms-lab-encoder/POPE",
+    "gqa": "lmms-lab-encoder/GQA",
+    "textvqa": "lmms-lab-encoder/textvqa",
+}
 Results = Mapping[str, Mapping[str, Any]]
 """By bench: task, metrics, protocol, questions."""
 
@@ -26,7 +32,7 @@ def llava_card(
     config = json.loads((folder / "config.json").read_text())
     vision, text = config["vision_config"], config["text_config"]
     side = vision["image_size"] // vision["patch_size"]
-    data = _metadata("transformers", license, base_models, results, [])
+    data = _metadata("transformers", license, base_models, "finetune", results, [])
     return f"""---
 {data}
 ---
@@ -39,7 +45,9 @@ A stock `LlavaForConditionalGeneration`: images of {vision["image_size"]} px bec
 model with {text["num_hidden_layers"]} layers of {text["hidden_size"]} and a vocabulary of {text["vocab_size"]:,}.
 
 ```python
+from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
+image = Image.open("picture.jpg")
 model = LlavaForConditionalGeneration.from_pretrained("{repo}", dtype="auto")
 processor = AutoProcessor.from_pretrained("{repo}")
 chat = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is in the picture?"}}]}}]
@@ -47,7 +55,8 @@ prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
 inputs = processor(images=image, text=prompt, add_special_tokens=False, return_tensors="pt").to(model.dtype)
 print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))
 ```
-The chat template writes the one BOS, hence `add_special_tokens=False`. Transformers 4.57 and 5 both load every weight.
+The chat template writes every special token itself, hence `add_special_tokens=False`. Transformers 4.57
+and 5 both load every weight.
 
 ## Training
 {_training(seal)}
@@ -64,7 +73,7 @@ seen at {vision["image_size"]} px: small print is lost.{_fold_warning(vision)}
 def adapter_card(adapter: Path, repo: str, seal: Manifest, license: str, base_model: str, results: Results) -> str:
     """README.md of a LoRA adapter published as `repo`; `base_model` is the published LLaVA it was trained on."""
     config = json.loads((adapter / "adapter_config.json").read_text())
-    data = _metadata("peft", license, [base_model], results, ["lora"])
+    data = _metadata("peft", license, [base_model], "adapter", results, ["lora"])
     return f"""---
 {data}
 ---
@@ -114,11 +123,13 @@ def read_results(folder: Path, model: Manifest) -> Results:
     return {name: {**bench, "data": local.fingerprint if local else None} for name, bench in benches.items()}
 
 
-def _metadata(library: str, license: str, base_models: Sequence[str], results: Results, tags: list[str]) -> str:
+def _metadata(
+    library: str, license: str, base_models: Sequence[str], relation: str, results: Results, tags: list[str]
+) -> str:
     scores = [
         EvalResult(
             task_type="image-text-to-text",
-            dataset_type=bench["task"],
+            dataset_type=DATASETS[name] if bench["data"] is None else "custom",
             dataset_name=_dataset(name, bench),
             dataset_split=bench["protocol"]["split"],
             metric_type=metric,
@@ -132,6 +143,7 @@ def _metadata(library: str, license: str, base_models: Sequence[str], results: R
         library_name=library,
         pipeline_tag="image-text-to-text",
         base_model=list(base_models) or None,
+        base_model_relation=relation if base_models else None,  # of several bases the Hub would take it for a merge
         tags=["llava", "vision-language", "encoder-swap", *tags],
         model_name="LLaVA" if scores else None,
         eval_results=scores or None,

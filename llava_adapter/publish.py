@@ -30,7 +30,9 @@ def main() -> None:
     parser.add_argument("repo", metavar="ORG/NAME", help="repository on the Hub; made if there is none, private")
     parser.add_argument("--public", action="store_true", help="a new repository is public; needed for a public one")
     parser.add_argument("--dry-run", action="store_true", help="check everything, list files and bytes, send nothing")
-    parser.add_argument("--create-pr", action="store_true", help="propose the commit as a pull request")
+    parser.add_argument(
+        "--create-pr", action="store_true", help="propose the commit as a pull request, a new one each time"
+    )
     card = parser.add_argument_group("for the card of a LLaVA or an adapter")
     card.add_argument("--license", metavar="ID", help="the Hub's name of a licence: apache-2.0, llama3, ...")
     base = "published model it was made from (repeatable); of an adapter the one LLaVA it was trained on"

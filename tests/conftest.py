@@ -4,11 +4,15 @@ All are random, float32 and made once per session. They have the layout of the r
 into them (copy first).
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
+os.environ["HF_HUB_OFFLINE"] = "0"  # read on import; the tests that need a Hub bring one of their own
+
 import pytest
 import torch
+from huggingface_hub.utils import disable_progress_bars
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -147,3 +151,10 @@ def tiny_llava(tiny_encoder: Path, tiny_llm: Path, tmp_path_factory: pytest.Temp
     folder = tmp_path_factory.mktemp("tiny") / "llava"
     save_llava(model, processor, folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_progress_bars() -> None:
+    """wandb, which lmms-eval brings, locks the console while it writes; a bar of huggingface_hub that is collected just
+    then waits for that lock for ever."""
+    disable_progress_bars()

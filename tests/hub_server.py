@@ -20,6 +20,8 @@ from urllib.parse import unquote, urlsplit
 import yaml
 from hub_repos import Blob, Repo
 
+LICENSES = ("apache-2.0", "mit", "llama3", "unknown", "other")  # some of those that the Hub knows
+ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt")
 Trouble = Callable[[str, str, int], int | Literal["cut", "cut after"] | None]
 """(method, path, how often this was asked before) -> an HTTP status, or cut the connection before or after acting."""
@@ -163,6 +165,10 @@ class Handler(BaseHTTPRequestHandler):
             repo.commit("main", {".gitattributes": Blob(b"*.safetensors filter=lfs\n", lfs=False)})
         return {"url": f"{self.server.url}/{name}"}
 
+    def whoami(self) -> Any:
+        self._write_access()
+        return {"type": "user", "name": "someone"}
+
     def validate_yaml(self) -> Any:
         _, front, _ = (self._json()["content"] + "\n---\n---\n").split("---\n", 2)
         try:
@@ -171,6 +177,15 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(HTTPStatus.BAD_REQUEST, f"YAML: {error}") from error
         if not isinstance(metadata, dict) or "license" not in metadata:
             return {"errors": [], "warnings": [{"message": "empty or missing yaml metadata"}]}
+        listed = {key: value if isinstance(value, list) else [value] for key, value in metadata.items()}
+        errors = [
+            f'"license" must be one of the known ones, not {id}' for id in listed["license"] if id not in LICENSES
+        ]
+        ids = [*listed.get("base_model", []), *listed.get("datasets", [])]
+        errors += [f'"{id}" is not a valid id' for id in ids if not ID.fullmatch(id)]
+        if errors:
+            answer = {"errors": [{"message": each} for each in errors], "warnings": []}
+            return HTTPStatus.BAD_REQUEST, {"Content-Type": "application/json"}, json.dumps(answer).encode()
         return {"errors": [], "warnings": []}
 
     def preupload(self, name: str, revision: str) -> Any:
@@ -293,6 +308,7 @@ class Handler(BaseHTTPRequestHandler):
 NAME = r"([\w.-]+/[\w.-]+)"
 ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
     ("POST", "/api/repos/create", Handler.create),
+    ("GET", "/api/whoami-v2", Handler.whoami),
     ("POST", "/api/validate-yaml", Handler.validate_yaml),
     ("POST", f"/api/models/{NAME}/preupload/(.+)", Handler.preupload),
     ("POST", f"/{NAME}.git/info/lfs/objects/batch", Handler.lfs_batch),

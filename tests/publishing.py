@@ -14,7 +14,7 @@ from conftest import write_encoder
 from hub_server import HubServer, serve
 
 from encoders import manifest
-from encoders.publish.publishable import public_manifest
+from encoders.publish.publishable import check
 
 TOKEN = "hf_" + "loopback" * 4
 REPO = "someone/encoder"
@@ -40,6 +40,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServe
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", running.url)
         template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
@@ -68,10 +69,11 @@ def encoder(made: Path, tmp_path: Path) -> Path:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """The published form of an encoder folder."""
-    files = {name: folder / name for name in manifest.read(folder).files}
-    published = public_manifest(manifest.read(folder), files)
-    return {name: file.read_bytes() for name, file in files.items()} | {"manifest.json": published}
+    """The published form of an encoder folder: its files as they are, and a manifest without paths."""
+    published = check(folder, REPO).contents["manifest.json"]
+    assert isinstance(published, bytes)
+    files = {name: (folder / name).read_bytes() for name in manifest.read(folder).files}
+    return files | {"manifest.json": published}
 
 
 def at(server: HubServer, revision: str = "main") -> dict[str, bytes]:
@@ -89,6 +91,7 @@ def client(server: HubServer, tmp_path: Path, *command: str) -> subprocess.Popen
     environment = {
         **os.environ,
         "HF_ENDPOINT": server.url,
+        "HF_HUB_OFFLINE": "0",  # eval-mllm --data, run in this process by another test, leaves it at 1
         "HF_HUB_DISABLE_XET": "1",
         "HF_HOME": str(tmp_path / "home"),
     }

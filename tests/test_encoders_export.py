@@ -15,7 +15,7 @@ from encoder_runs import BERT_TEXT, CLIP_TEXT, CLIPS, PREPROCESS, RETRIEVAL, wri
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, CLIPModel, CLIPVisionModel
+from transformers import AutoImageProcessor, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionModel
 
 from encoders import encoder_run, manifest
 from encoders.config import EncoderConfig, PreprocessConfig
@@ -136,6 +136,9 @@ def test_image_size_regenerates_a_sincos_table(tmp_path: Path) -> None:
 def test_image_size_that_is_no_multiple_of_the_patch_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="the nearest sizes are 48 and 56"):
         export.export(run, tmp_path / "out", image_size=50)
+    for size in (0, -8):
+        with pytest.raises(UsageError, match=f"image_size {size} has no room for a patch of 8"):
+            export.export(run, tmp_path / "out", image_size=size)
 
 
 def test_image_size_of_the_source_changes_nothing(run: Path, tmp_path: Path) -> None:
@@ -214,6 +217,10 @@ def test_towers_that_others_cannot_run_are_refused_with_text(tmp_path: Path, mon
     mixed = write_run(tmp_path / "mixed", text=CLIP_TEXT, activation="quick_gelu")
     with pytest.raises(ModelError, match="only one of its towers has quick_gelu"):
         export.export(mixed, tmp_path / "out", with_text=True)
+    width, mlp_width = next((w, m) for w in range(32, 512, 4) for m in range(w, 4 * w) if int(w * (m / w)) != m)
+    odd = write_run(tmp_path / "odd", text=CLIP_TEXT, width=width, mlp_width=mlp_width)
+    with pytest.raises(ModelError, match=f"no such ratio makes {mlp_width} of {width}"):
+        export.export(odd, tmp_path / "out", with_text=True)
     plain = write_run(tmp_path / "plain")
     monkeypatch.setattr(two_towers, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"encoder-swap\[open-clip\]"):
@@ -260,6 +267,13 @@ def test_card_says_what_was_measured_in_the_words_of_the_hub(tmp_path: Path) -> 
     ):
         assert words in card.text
     assert ModelCard.load(tmp_path / "larger" / "README.md").data.eval_results is None  # not its resolution
+
+
+@pytest.mark.parametrize("folded", [True, False])
+def test_card_calls_an_encoder_a_drop_in_only_where_float16_works(tmp_path: Path, folded: bool) -> None:
+    export.export(write_run(tmp_path / "run", **CLIPS if folded else {}), tmp_path / "encoder")
+    text = (tmp_path / "encoder" / "README.md").read_text()
+    assert ("drop-in" in text, "builder.py" in text, "bfloat16` there" in text) == (not folded, folded, folded)
 
 
 def test_source_is_let_go_before_the_folder_is_loaded(
@@ -355,13 +369,18 @@ def test_command_line(run: Path, tmp_path: Path, options: list[str], code: int, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("image_size", [224, 336])
-@pytest.mark.parametrize(("width", "layers", "patch"), [(768, 12, 16), (1024, 24, 14)], ids=["B/16", "L/14"])
+@pytest.mark.parametrize(
+    ("width", "layers", "patch", "heads"),
+    [(768, 12, 16, 12), (1024, 24, 14, 16), (1280, 3, 14, 16)],
+    ids=["B/16", "L/14", "H/14 of 3 layers"],
+)
 @pytest.mark.parametrize("clips", [True, False])
 def test_random_towers_of_full_size(
-    tmp_path: Path, clips: bool, width: int, layers: int, patch: int, image_size: int
+    tmp_path: Path, clips: bool, width: int, layers: int, patch: int, heads: int, image_size: int
 ) -> None:
     """open_clip's own random weights, perturbed: the certificate compares with open_clip."""
     vision = {"image_size": image_size, "layers": layers, "width": width, "patch_size": patch}
+    vision |= {"head_width": width // heads}
     if clips:
         vision |= {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True, "norm_kwargs": {"eps": 1e-6}}
     config = {"embed_dim": 512, "vision_cfg": vision, "text_cfg": {"layers": 1, "width": 64, "heads": 1}}
@@ -379,3 +398,22 @@ def test_random_towers_of_full_size(
     layers_found = json.loads((tmp_path / "out" / "parity.json").read_text())["float32"]["layers"]
     assert {"hidden_states[-2]", "last_hidden_state"} <= set(layers_found)
     assert ("raw_max_abs_error" in layers_found["last_hidden_state"]) == clips
+
+
+@pytest.mark.slow
+def test_a_random_clip_model_of_full_size(tmp_path: Path) -> None:
+    """transformers' ViT-B/16 with its text tower, perturbed: the certificate compares with transformers."""
+    torch.manual_seed(0)
+    vision = {"patch_size": 16, "hidden_act": "gelu"}
+    config = CLIPConfig(vision_config=vision, text_config={"eos_token_id": 2, "hidden_act": "gelu"}, projection_dim=512)
+    model = CLIPModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "source")
+    CLIPImageProcessor().save_pretrained(tmp_path / "source")
+    del model
+    export.export(tmp_path / "source", tmp_path / "out", with_text=True)
+    certificate = json.loads((tmp_path / "out" / "parity.json").read_text())
+    assert certificate["two_towers"]["no_clip_model_because"] is None
+    assert certificate["two_towers"]["clip_model"]["text"] <= parity.MAX_RELATIVE_ERROR

@@ -115,6 +115,100 @@ def test_what_others_put_there_is_not_overwritten(server: HubServer, encoder: Pa
         hub.publish(encoder, REPO)
 
 
+NO_MANIFESTS = [b"[1]", b"{", b'"x"', b'{"kind": "encoder", "files": null}', b'{"kind": "encoder", "files": {"a": 1}}']
+
+
+@pytest.mark.parametrize("theirs", NO_MANIFESTS)
+def test_a_manifest_that_is_none_of_ours_is_what_others_put_there(
+    server: HubServer, encoder: Path, theirs: bytes
+) -> None:
+    huggingface_hub.HfApi(token=TOKEN).create_repo(REPO)
+    server.repos[REPO].commit("main", {"manifest.json": Blob(theirs, lfs=False)})
+    with pytest.raises(UsageError, match=r"did not publish \(manifest\.json\)"):
+        hub.publish(encoder, REPO)
+    assert at(server) == {"manifest.json": theirs}
+
+
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("name", ["README.md", "LICENSE"])
+def test_what_was_edited_there_is_not_overwritten(server: HubServer, encoder: Path, published: bool, name: str) -> None:
+    (encoder / "LICENSE").write_text("old")
+    if published:
+        hub.publish(encoder, REPO)
+    else:
+        huggingface_hub.HfApi(token=TOKEN).create_repo(REPO, private=True)
+    edited = CARD.encode() + b"Edited in the browser.\n"
+    server.repos[REPO].commit("main", server.repos[REPO].files("main") | {name: Blob(edited, lfs=False)})
+    before = at(server)
+    with pytest.raises(UsageError, match=f"holds a {name} that was not published from here"):
+        hub.publish(encoder, REPO)
+    assert at(server) == before
+    (encoder / name).write_bytes(edited)  # one way out; the other is to delete it there
+    hub.publish(encoder, REPO)
+    assert at(server)[name] == edited
+
+
+def test_files_that_the_manifest_there_does_not_name_are_not_replaced(server: HubServer, encoder: Path) -> None:
+    hub.publish(encoder, REPO)
+    seal, files = json.loads(at(server)["manifest.json"]), server.repos[REPO].files("main")
+    for name in ("config.json", "model.safetensors"):  # of git, and of LFS
+        listed = {n: entry for n, entry in seal["files"].items() if n != name}
+        manifest_there = Blob(json.dumps(seal | {"files": listed}).encode(), lfs=False)
+        there = {name: Blob(b"theirs", lfs=name == "model.safetensors"), "manifest.json": manifest_there}
+        server.repos[REPO].commit("main", files | there)
+        with pytest.raises(UsageError, match=f"holds a {name} that was not published from here"):
+            hub.publish(encoder, REPO)
+
+
+@pytest.mark.parametrize("token", [None, "hf_" + "wrong" * 7])
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_without_a_login_that_may_write_it_says_so(
+    server: HubServer, encoder: Path, monkeypatch: pytest.MonkeyPatch, token: str | None, dry_run: bool, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(hub.HubError, match="log in with `hf auth login` or set HF_TOKEN") as raised:
+        hub.publish(encoder, REPO, dry_run=dry_run)
+    assert raised.value.exit_code == 7
+    assert sent(server) == []
+
+
+def test_a_card_that_the_hub_refuses_leaves_no_repository(server: HubServer, encoder: Path) -> None:
+    (encoder / "README.md").write_text(CARD.replace("apache-2.0", "nonsense"))
+    with pytest.raises(ModelError, match="refuses the metadata of README.md"):
+        hub.publish(encoder, REPO)
+    assert server.repos == {}
+
+
+def test_a_card_names_the_repository_it_is_published_as(server: HubServer, encoder: Path) -> None:
+    (encoder / "README.md").write_text(CARD + 'name = "ORG/NAME"\n')
+    hub.publish(encoder, REPO)
+    assert at(server)["README.md"].decode() == CARD + f'name = "{REPO}"\n'
+    assert hub.publish(encoder, REPO).upload == ()
+
+
+@pytest.mark.parametrize("name", ["encoder", "a/b/c", "a/b c", "/x", "a/.."])
+def test_a_name_that_the_hub_has_not_is_refused(server: HubServer, encoder: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="does not name a repository"):
+        hub.publish(encoder, name)
+    assert server.log == []
+
+
+def test_an_upload_that_fails_without_a_cause_says_what_happened(
+    server: HubServer, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("xet gave up")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_commit", fail)
+    with pytest.raises(
+        hub.HubError, match=rf"`publish-model \S+ {REPO}` finds out and finishes \(RuntimeError: xet gave"
+    ):
+        hub.publish(encoder, REPO)
+
+
 def troubled(server: HubServer, encoder: Path) -> tuple[dict[str, bytes], dict[str, bytes], list[tuple[str, str]]]:
     """Publish a first version; return old and new content and what publishing the new one asks for."""
     hub.publish(encoder, REPO)
@@ -156,6 +250,25 @@ def test_every_request_may_fail_and_the_repository_is_old_or_new(server: HubServ
         assert at(server) == new
         states = [{n: raw for n, raw in state.items() if n != ".gitattributes"} for state in repo.history[1:]]
         assert states == [old, new], broken
+
+
+@pytest.mark.parametrize("what", [500, 429, 409, "cut", "cut after"])
+def test_the_first_publication_may_fail_anywhere_too(encoder: Path, server: HubServer, what: Any) -> None:
+    hub.publish(encoder, REPO)
+    asked, new = list(dict.fromkeys(sent(server))), at(server)
+    assert ("POST", "/api/repos/create") in asked
+    for broken in asked:
+        server.repos.clear()
+        server.objects.clear()
+        server.trouble = lambda method, path, before, broken=broken: what if (method, path) == broken else None
+        with suppress(hub.HubError):
+            hub.publish(encoder, REPO)
+            assert at(server) == new, broken
+        server.trouble = lambda method, path, before: None
+        hub.publish(encoder, REPO)
+        assert at(server) == new
+        assert server.repos[REPO].private
+        assert len(server.repos[REPO].history) == 2, broken  # as made, and this commit
 
 
 @pytest.mark.parametrize("what", [500, 429, "cut"])

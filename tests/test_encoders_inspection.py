@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from transformers import CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
 from encoders.errors import ModelError
 from encoders.inspection.command import describe, differences, table
-from encoders.inspection.layouts import find_tower
 from encoders.weights.headers import read_header
 from encoders.weights.values import is_folded, non_finite
 
@@ -115,7 +114,7 @@ def test_transformers_own_folders_and_on_which_versions_they_load(tmp_path: Path
     assert (llava.layers, llava.mean, llava.dtype) == (3, (0.4, 0.5, 0.6), "F32")
     for seen in (bare, whole, llava):
         assert seen.problems == ()
-        assert (seen.activation, seen.pooling) == ("gelu", "class token, normed")
+        assert (seen.activation, seen.pooling) == ("gelu", None if seen is llava else "class token, normed")
     state = load_file(tmp_path / "bare" / "model.safetensors")
     save_file({f"vision_model.{name}": value for name, value in state.items()}, tmp_path / "bare" / "model.safetensors")
     assert describe(tmp_path / "bare").loads_on.startswith(
@@ -141,13 +140,38 @@ def without(*names: str) -> Callable[[Path], None]:
     return spoil
 
 
+def shaped(name: str, *shape: int) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        state = load_file(folder / "model.safetensors")
+        state[f"vision_model.{name}"] = torch.zeros(shape)
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return spoil
+
+
+SHAPES = [
+    ("encoder.layers.0.self_attn.q_proj.weight", (3, 5), "q_proj.weight has the shape [3, 5], needed is [32, 32]"),
+    ("encoder.layers.2.mlp.fc2.weight", (64, 32), "fc2.weight has the shape [64, 32], needed is [32, 64]"),
+    ("encoder.layers.0.mlp.fc1.weight", (), "fc1.weight has the shape [], needed is [M, 32]"),
+    ("embeddings.patch_embedding.weight", (32, 3, 16, 8), "has the shape [32, 3, 16, 8], needed is [32, 3, 8, 8]"),
+    ("embeddings.position_embedding.weight", (17, 99), "has the shape [17, 99], needed is [17, 32]"),
+    ("embeddings.position_embedding.weight", (17,), "has the shape [17], needed is [17, 32]"),
+    ("pre_layrnorm.weight", (0,), "pre_layrnorm.weight has the shape [0], needed is [32]"),
+]
 PROBLEMS: list[tuple[Callable[[Path], None], str]] = [
     (set_in("config.json", image_size=48), "needs a position table of 37 rows, the weights have 17 (32 px)"),
     (set_in("config.json", hidden_size=64), "the config says width 64, the weights have 32"),
     (set_in("config.json", num_hidden_layers=4), "the config says layers 4, the weights have 3"),
     (set_in("config.json", patch_size=16), "the config says patch_size 16, the weights have 8"),
     (set_in("config.json", auto_map={"AutoModel": "x.Y"}), "has an auto_map"),
-    (set_in("preprocessor_config.json", crop_size={"height": 24, "width": 24}), "crops to 24 px, the tower takes 32"),
+    (set_in("config.json", model_type="siglip_vision_model"), "describes a SigLIP tower"),
+    (
+        set_in("preprocessor_config.json", crop_size={"height": 24, "width": 24}),
+        "gives 24 x 24 px, the tower takes 32 x 32",
+    ),
+    (set_in("preprocessor_config.json", size={"height": 48, "width": 32}, do_center_crop=False), "gives 48 x 32 px"),
+    (set_in("preprocessor_config.json", do_center_crop=False), "gives pictures of any shape"),
+    *((shaped(name, *shape), problem) for name, shape, problem in SHAPES),
     (
         without("pre_layrnorm.weight", "pre_layrnorm.bias"),
         "the config needs a norm before the blocks, the file has none",
@@ -156,6 +180,7 @@ PROBLEMS: list[tuple[Callable[[Path], None], str]] = [
         without("encoder.layers.1.self_attn.q_proj.bias"),
         "1 tensors are missing (encoder.layers.1.self_attn.q_proj.bias)",
     ),
+    (without("pre_layrnorm.bias"), "1 tensors are missing (pre_layrnorm.bias)"),
     (without("embeddings.class_embedding"), "no class token, which CLIPVisionModel always has"),
 ]
 
@@ -169,9 +194,78 @@ def test_what_disagrees_is_named(encoder: Path, spoil: Callable[[Path], None], p
     assert seen.loads_on == "none safely: see problems"
 
 
+SQUARE, CROP = {"height": 64, "width": 64}, {"height": 32, "width": 32}
+PICTURES: list[tuple[dict[str, Any], str | None]] = [
+    ({"size": {"shortest_edge": 32}, "resample": 1, "crop_size": CROP}, "lanczos, shortest edge + center crop"),
+    ({"size": 32, "resample": 3, "crop_size": 32}, "bicubic, shortest edge + center crop"),
+    ({"size": CROP, "do_center_crop": False}, "filter not stated, squash"),
+    ({"size": SQUARE, "crop_size": CROP, "resample": 2}, "bilinear, squash + center crop"),
+    ({"do_resize": False, "crop_size": CROP}, "filter not stated, none + center crop"),
+    ({"crop_size": CROP}, None),
+]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("processor", "resize"), PICTURES)
+def test_what_the_image_processor_does(
+    encoder: Path, processor: dict[str, Any], resize: str | None, nested: bool
+) -> None:
+    (encoder / "preprocessor_config.json").unlink()
+    values = {**processor, "image_mean": [0.1, 0.2, 0.3]}
+    name = "processor_config.json" if nested else "preprocessor_config.json"
+    (encoder / name).write_text(json.dumps({"image_processor": values} if nested else values))
+    seen = describe(encoder)
+    assert (seen.resize, seen.mean, seen.problems) == (resize, (0.1, 0.2, 0.3), ())
+    config = json.loads((encoder / "config.json").read_text())
+    del config["image_size"]  # the position table still tells
+    (encoder / "config.json").write_text(json.dumps(config))
+    assert describe(encoder).problems == ()
+
+
+def test_a_folded_encoder_in_float16_is_broken(tmp_path: Path) -> None:
+    from encoders.export.command import export
+
+    export(write_run(tmp_path / "run", **CLIPS), tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    for dtype, broken in ((torch.bfloat16, False), (torch.float16, True)):
+        save_file({n: t.to(dtype) for n, t in load_file(file).items()}, file, metadata={"format": "pt"})
+        seen = describe(tmp_path / "out")
+        assert seen.norm_before_blocks.startswith("folded away")
+        assert any("folded and stored in float16" in problem for problem in seen.problems) == broken
+
+
+@pytest.mark.parametrize(
+    ("told", "since"),
+    [([{"format": "pt"}] * 2, "4.37"), ([{"format": "pt"}, None], ">= 4.57"), ([{"format": "np"}] * 2, ">= 4.57")],
+)
+def test_every_shard_must_say_its_format(encoder: Path, told: list[dict[str, str] | None], since: str) -> None:
+    state = load_file(encoder / "model.safetensors")
+    (encoder / "model.safetensors").unlink()
+    placed = {}
+    for n, metadata in enumerate(told):
+        part = {name: tensor for i, (name, tensor) in enumerate(sorted(state.items())) if i % 2 == n}
+        save_file(part, encoder / f"model-{n}.safetensors", metadata=metadata)
+        placed |= dict.fromkeys(part, f"model-{n}.safetensors")
+    (encoder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    assert describe(encoder).loads_on.startswith(f"transformers {since}")
+
+
+def test_what_was_not_measured_is_not_claimed(tiny_llava: Path, tmp_path: Path) -> None:
+    llava = Path(shutil.copytree(tiny_llava, tmp_path / "llava"))
+    set_in("config.json", model_type="llava_next")(llava)
+    assert describe(llava).loads_on == "not measured for llava_next"
+
+
+def test_names_and_words_of_files_do_not_steer_the_terminal(encoder: Path) -> None:
+    set_in("config.json", hidden_act="\x1b[31mgelu\n  loads on  all")(encoder)
+    printed = table([""], [describe(encoder)])
+    assert "\\x1b[31mgelu\\n  loads on  all" in printed
+    assert "\x1b" not in printed
+
+
 def test_towers_that_are_none_are_refused(tmp_path: Path) -> None:
     save_file({"visual.trunk.patch_embed.proj.weight": torch.zeros(8, 3, 4, 4)}, tmp_path / "siglip.safetensors")
-    with pytest.raises(ModelError, match="a SigLIP, ResNet or timm tower cannot become"):
+    with pytest.raises(ModelError, match=r"holds no ViT image tower .* \(ResNet, timm, SigLIP\)"):
         describe(tmp_path / "siglip.safetensors")
     folder, _ = open_clip_folder(tmp_path / "coca", "safetensors")
     raw = json.loads((folder / "open_clip_config.json").read_text())
@@ -198,6 +292,7 @@ def test_the_command_needs_neither_torch_nor_numpy(encoder: Path, tmp_path: Path
     assert compared.returncode == 1
     assert [line.split()[1] for line in compared.stdout.splitlines() if line.startswith("* ")] == ["activation"]
     assert command(str(tmp_path / "nothing")).returncode == 4
+    assert "hf download openai/clip --local-dir" in command("openai/clip").stderr
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -266,10 +361,24 @@ HOSTILE: list[tuple[str, str, Callable[[Path, Path], object], str]] = [
     ("tar", "x.pt", tar_of_pickle, "neither a safetensors file nor a zip"),
     ("disguised", "x.safetensors", lambda f, c: torch.save(Canary(c), f), r"asks for posix\.system"),
     ("length", "x.safetensors", header_of(2**62), "its header claims"),
-    ("100 MB", "x.safetensors", header_of(101 * 2**20), "its header claims"),
+    ("11 MB", "x.safetensors", header_of(11 * 2**20, b"{}".ljust(11 * 2**20)), "its header claims"),
+    (
+        "pointer",
+        "x.safetensors",
+        lambda f, c: f.write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "git lfs pull",
+    ),
+    ("metadata", "x.safetensors", header_of(20, b'{"__metadata__": []} '), "damaged header"),
+    ("number", "x.safetensors", header_of(31, b'{"__metadata__": {"format": 3}}'), "damaged header"),
+    ("deep", "x.safetensors", header_of(10**5, b"[" * 10**5), "damaged header"),
     ("cut", "x.safetensors", header_of(len(json.dumps(TENSOR)), json.dumps(TENSOR).encode()), "ends past its"),
     ("json", "x.safetensors", header_of(2, b"[]"), "damaged header"),
-    ("index", "x.index.json", lambda f, c: f.write_text('{"weight_map": {"a": "../b"}}'), "not a file beside it"),
+    (
+        "index",
+        "x.index.json",
+        lambda f, c: f.write_text('{"weight_map": {"a": "../b"}}'),
+        "not a file of weights beside it",
+    ),
     ("module", "x.pt", lambda f, c: torch.save(torch.nn.Linear(2, 2), f), r"asks for torch\.nn\.modules"),
 ]
 
@@ -297,7 +406,60 @@ def test_damage_is_an_error_of_ours_whatever_byte_it_hits(tmp_path: Path, form: 
             damaged[pickled + dice.randrange(4000)] = dice.randrange(256)
         file.write_bytes(damaged[: dice.choice([len(whole), len(whole), dice.randrange(len(whole))])])
         with suppress(ModelError):
-            find_tower(read_header(file).tensors)
+            describe(folder, full=True)
+
+
+ODD: list[Any] = [
+    None,
+    [],
+    {},
+    "",
+    "48",
+    0,
+    -1,
+    True,
+    1e400,
+    [3],
+    ["a"],
+    {"height": "x"},
+    {"shortest_edge": []},
+    10**30,
+]
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "encoder.json", "model.safetensors"])
+def test_no_config_or_header_however_odd_ends_in_a_traceback(tmp_path: Path, name: str) -> None:
+    from encoders.export.command import export
+
+    export(write_run(tmp_path / "run"), tmp_path / "out")
+    file, dice = tmp_path / "out" / name, random.Random(0)
+    whole = file.read_bytes()
+    length = struct.unpack("<Q", whole[:8])[0] if name == "model.safetensors" else 0
+    content = json.loads(whole[8 : 8 + length] if length else whole)
+    places = list(spots(content))
+    for place in places if len(places) < 200 else dice.sample(places, 200):
+        changed = json.loads(json.dumps(content))
+        spot = changed
+        for key in place[:-1]:
+            spot = spot[key]
+        spot[place[-1]] = dice.choice(ODD)
+        raw = json.dumps(changed).encode()
+        file.write_bytes(struct.pack("<Q", len(raw)) + raw + whole[8 + length :] if length else raw)
+        with suppress(ModelError):
+            table(["x"], [describe(tmp_path / "out", full=length > 0)])
+    for _ in range(100):
+        raw = bytearray(whole[8 : 8 + length] if length else whole)
+        raw[dice.randrange(len(raw))] = dice.randrange(256)
+        file.write_bytes(whole[:8] + raw + whole[8 + length :] if length else raw)
+        with suppress(ModelError):
+            describe(tmp_path / "out")
+
+
+def spots(value: Any) -> Iterator[tuple[Any, ...]]:
+    """The path of every value inside a JSON value."""
+    for key, each in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield (key,)
+        yield from ((key, *inner) for inner in spots(each))
 
 
 @pytest.mark.slow

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from encoders.errors import DataError, ModelError, ParityError, SwapError, UsageError
 from encoders.publish import hub
+from encoders.publish.private_text import in_json, in_text, without_paths
+from encoders.publish.publishable import check
 
 
 def rewrite(name: str, change: Callable[[str], str]) -> Callable[[Path], None]:
@@ -24,6 +26,10 @@ def rewrite(name: str, change: Callable[[str], str]) -> Callable[[Path], None]:
         finish(folder)
 
     return spoil
+
+
+def with_values(name: str, **values: Any) -> Callable[[Path], None]:
+    return rewrite(name, lambda text: json.dumps(json.loads(text) | values))
 
 
 def weights(change: Callable[[dict[str, torch.Tensor]], object], **metadata: str) -> Callable[[Path], None]:
@@ -93,14 +99,45 @@ MISTAKES: list[tuple[str, Callable[[Path], object], type[SwapError], str]] = [
         ModelError,
         "line 7 holds what looks like a Hug",
     ),
-    ("github token", rewrite("config.json", lambda t: t + "ghp_" + "a1B2" * 9), ModelError, "a GitHub token"),
+    (
+        "github token",
+        with_values("config.json", x=["ghp_" + "a1B2" * 9]),
+        ModelError,
+        r"config\.json: x holds .* GitHub token",
+    ),
+    ("no json", rewrite("config.json", lambda t: t + "}"), ModelError, r"config\.json is not JSON"),
+    ("api key", rewrite("README.md", lambda t: f"{t}sk-proj-{'a1B2' * 9}"), ModelError, "an API key"),
+    (
+        "token in the manifest",
+        lambda f: finish(f, tracker={"key": TOKEN}),
+        ModelError,
+        r"manifest\.json: config\.tracker\.key",
+    ),
+    (
+        "token as a key",
+        lambda f: finish(f, tracker={TOKEN: 1}),
+        ModelError,
+        r"manifest\.json: config\.tracker\.\.\.\. holds",
+    ),
+    (
+        "escaped home",
+        rewrite("config.json", lambda t: t.replace("{", r'{"x": "\u002fhome\/someone/x",', 1)),
+        ModelError,
+        "machine: /home/someone",
+    ),
+    (
+        "hidden behind a double",
+        rewrite("config.json", lambda t: t.replace("{", f'{{"x": "{TOKEN}", "x": 1,', 1)),
+        ModelError,
+        "x holds what looks like a Hug",
+    ),
     (
         "wandb key",
         rewrite("parity.json", lambda t: f'{t[:-1]}, "WANDB_API_KEY": "{"0a" * 20}"}}'),
         ModelError,
         "Weights & B",
     ),
-    ("token in weights", weights(len, login=TOKEN), ModelError, r"model\.safetensors: line \d holds what looks like"),
+    ("token in weights", weights(len, login=TOKEN), ModelError, r"model\.safetensors: login holds what looks like"),
     ("home", rewrite("README.md", lambda t: t + "from /home/someone/runs/a\n"), ModelError, "machine: /home/someone"),
     ("windows home", rewrite("README.md", lambda t: t + r"C:\Users\someone\runs"), ModelError, "a path of a machine"),
     (
@@ -114,7 +151,12 @@ MISTAKES: list[tuple[str, Callable[[Path], object], type[SwapError], str]] = [
     ("stranger", lambda f: (f / "notes.txt").write_text("x"), ModelError, r"notes\.txt is not part of the artifact"),
     ("changed", lambda f: (f / "config.json").write_text("{}"), ModelError, r"config\.json is not the file that"),
     ("pickle", lambda f: ((f / "old.bin").write_bytes(b"x"), finish(f)), ModelError, r"old\.bin is of a kind"),
-    ("code", rewrite("config.json", lambda t: t.replace("{", '{"auto_map": {},', 1)), ModelError, "has an `auto_map`"),
+    (
+        "code",
+        rewrite("config.json", lambda t: t.replace("{", r'{"x": [{"auto\u005fmap": {}}],', 1)),
+        ModelError,
+        "has an `auto_map`",
+    ),
     ("no card", lambda f: ((f / "README.md").unlink(), finish(f)), ModelError, r"there is no README\.md"),
     ("no licence", rewrite("README.md", lambda t: t.replace("license", "licence")), ModelError, "states no `license`"),
     (
@@ -123,8 +165,15 @@ MISTAKES: list[tuple[str, Callable[[Path], object], type[SwapError], str]] = [
         ModelError,
         "metadata is not valid",
     ),
+    ("license", rewrite("README.md", lambda t: t.replace("apache-2.0", "My own!")), ModelError, "license 'My own!' is"),
+    (
+        "base",
+        rewrite("README.md", lambda t: t.replace("---\nlic", "---\nbase_model: a b\nlic")),
+        ModelError,
+        "'a b' is no id",
+    ),
     ("no manifest", lambda f: (f / "manifest.json").unlink(), DataError, "did not finish"),
-    ("a run", lambda f: finish(f, "encoder-run"), UsageError, "holds a 'encoder-run' artifact"),
+    ("a run", lambda f: finish(f, "encoder-run"), UsageError, "an artifact of kind 'encoder-run'"),
 ]
 
 
@@ -139,6 +188,52 @@ def test_refused_before_anything_goes_out(
         hub.publish(encoder, REPO)
     assert server.log == []
     assert TOKEN not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "scenes:{}",
+        "me@host:{}/x",
+        "-I{}",
+        "cat file:{}",
+        "file://{}",
+        '"{}"',
+        "a={}",
+        r"one\n{}",
+        "({})",
+        "--data {}/x",
+    ],
+)
+@pytest.mark.parametrize("home", ["/home/someone", "/Users/some.one", "/root/runs", r"C:\Users\someone"])
+def test_a_home_folder_is_found_wherever_it_stands(text: str, home: str) -> None:
+    assert list(in_text(text.format(home))) == [f"line 1 holds a path of a machine: {home}"]
+    assert list(in_json(json.dumps({"a": [{"b": text.format(home)}]}))) == [f"a.b holds a path of a machine: {home}"]
+    assert list(in_json(json.dumps(without_paths({"a": text.format(home)})))) == []
+
+
+def test_the_published_manifest_names_no_place_of_this_machine(encoder: Path) -> None:
+    config = {
+        "/home/someone/enc": 1,
+        "home": "~/secret/a",
+        "up": "../someone/secret/b",
+        "drive": r"D:\secret\c",
+        "spec": "scenes:/home/someone/secret/d,seed=1",
+        "list": ["shards:/home/someone/secret/{0..9}.tar"],
+        "end": "</s>",
+        "url": "https://example.com/x/y",
+    }
+    published = json.loads(check(finish(encoder, **config), REPO).contents["manifest.json"])
+    assert published["config"] == {
+        "enc": 1,
+        "home": "a",
+        "up": "b",
+        "drive": "c",
+        "spec": "scenes:d,seed=1",
+        "list": ["shards:{0..9}.tar"],
+        "end": "</s>",
+        "url": "https://example.com/x/y",
+    }
 
 
 def test_ordinary_texts_are_not_taken_for_secrets(server: HubServer, encoder: Path) -> None:

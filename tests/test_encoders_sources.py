@@ -4,7 +4,9 @@ what cannot is refused with the reason.
 Random weights are perturbed, so that no norm, bias or table is at its initial value.
 """
 
+import errno
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -17,19 +19,24 @@ import open_clip
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from encoder_runs import BERT_TEXT, CLIP_TEXT, write_run
 from hub_server import HubServer, serve
 from pair_shards import write_shards
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
 
 from encoders import encoder_run, manifest
 from encoders.config import EncoderConfig, TextConfig, VisionConfig
 from encoders.data.tokenizers import CaptionTokenizer, pad_texts
-from encoders.errors import ModelError, UsageError
+from encoders.errors import ModelError, ParityError, UsageError
 from encoders.export.command import export
+from encoders.export.parity import fixed_images
 from encoders.objectives import build
-from encoders.sources.source import Source, open_source
+from encoders.pretrained import load_strict
+from encoders.sources.source import Source, evaluation_pixels, open_source
 from encoders.vision import resize_table, sincos2d_table
 
 BOUND = 1e-5  # of the largest activation
@@ -124,6 +131,7 @@ def check_text_side(source: Source, model: nn.Module, ids: Tensor, lengths: list
     assert source.model is not None
     assert source.model.vision is source.tower
     assert relative(source.model.text(ids, lengths), model.encode_text(ids)) <= BOUND
+    assert relative(source.reference_text(ids, lengths), model.encode_text(ids)) <= 1e-6
     assert source.model.logit_scale.item() == pytest.approx(model.logit_scale.item())
 
 
@@ -312,6 +320,10 @@ REFUSED_VISION = {
     "activation": ({"act_kwargs": {"approximate": "sin"}}, "no activation of open_clip's"),
     "size": ({"image_size": 33}, "not a multiple"),
     "width": ({"width": "32"}, "str"),
+    "no layers": ({"layers": 0}, "vision.layers is 0"),
+    "list of norm_kwargs": ({"norm_kwargs": [1]}, r"norm_kwargs is \[1\], needed is an object"),
+    "eps in words": ({"norm_kwargs": {"eps": "x"}}, "eps is 'x', needed is a number"),
+    "no eps": ({"norm_kwargs": {"eps": 0}}, "norm_eps 0.0 must be above 0"),
 }
 
 
@@ -427,7 +439,7 @@ def test_tokenizers_give_the_sources_own_ids(tmp_path: Path) -> None:
 
     clips = tmp_path / "clips"
     write_open_clip(clips, config_of(CLIPS))
-    assert "no tokenizer lies beside" in open_source(str(clips)).provenance["notes"][0]
+    assert re.search("no tokenizer lies beside .*vocab.txt", open_source(str(clips)).provenance["notes"][0])
     trained = write_tokenizer(clips, "bert")
     assert open_source(str(clips)).tokenizer.encode(CAPTIONS[0], TOKENS) == trained.encode(CAPTIONS[0], TOKENS)
     vocabulary = json.loads((clips / "tokenizer.json").read_text())["model"]["vocab"]
@@ -485,6 +497,7 @@ def test_transformers_models_compute_as_in_transformers(model_class: Any, activa
         ids[0, 6], ids[1, -1] = 559, 559
         states = model.text_model(ids).pooler_output
         assert relative(source.model.text(ids, [7, TOKENS]), model.text_projection(states)) <= BOUND
+        assert relative(source.reference_text(ids, [7, TOKENS]), model.text_projection(states)) <= 1e-6
 
 
 @torch.no_grad()
@@ -535,6 +548,17 @@ HF_REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "no normalising": ("preprocessor_config.json", {"do_normalize": False}, "do_normalize switched off"),
     "nearest": ("preprocessor_config.json", {"resample": 0}, "resample 0"),
     "margin": ("preprocessor_config.json", {"size": {"shortest_edge": 40}}, "neither the short side to 32"),
+    "another processor": (
+        "preprocessor_config.json",
+        {"image_processor_type": "ViTImageProcessor"},
+        "ViTImageProc.*oth",
+    ),
+    "older extractor": ("preprocessor_config.json", {"feature_extractor_type": "BlipFeatureExtractor"}, "BlipFeature"),
+    "pixels from -1 to 1": ("preprocessor_config.json", {"rescale_factor": 1 / 127.5}, r"rescale_factor is 0\.0078"),
+    "padding": ("preprocessor_config.json", {"do_pad": True}, "do_pad is on"),
+    "mean in words": ("preprocessor_config.json", {"image_mean": ["a", "b", "c"]}, "three means"),
+    "list of filters": ("preprocessor_config.json", {"resample": [3]}, r"resample \[3\]"),
+    "nothing nested": ("config.json", {"model_type": "clip", "vision_config": [1]}, "vision_config must be an object"),
     "crop of another size": ("preprocessor_config.json", {"crop_size": {"height": 24, "width": 24}}, "neither"),
 }
 
@@ -553,12 +577,211 @@ def test_a_folded_tower_is_known_by_its_weights_too(tmp_path: Path) -> None:
     write_clip(tmp_path, CLIPVisionModel)
     file = tmp_path / "model.safetensors"
     state = load_file(file)
-    for name in state:
-        if "pre_layrnorm" in name:
-            state[name].fill_(2.0**14 if name.endswith("weight") else 0.0)
-    save_file(state, file, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="folded tower"):
+    for factor in (200.0, 2.0**6, 2.0**14):  # a fold's is a power of two; for small embeddings a small one
+        for name in state:
+            if "pre_layrnorm" in name:
+                state[name].fill_(factor if name.endswith("weight") else 0.0)
+        save_file(state, file, metadata={"format": "pt"})
+        if factor == 200.0:
+            open_source(str(tmp_path))
+            continue
+        with pytest.raises(ModelError, match="folded tower"):
+            open_source(str(tmp_path))
+
+
+def test_a_tensor_of_the_tower_that_transformers_would_leave_out_is_refused(tmp_path: Path) -> None:
+    write_clip(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {"classifier.weight": torch.ones(2)}, file, metadata={"format": "pt"})
+    assert (
+        "1 tensors of neither tower are left out: classifier.weight" in open_source(str(tmp_path)).provenance["notes"]
+    )
+    save_file(load_file(file) | {"vision_model.head.probe": torch.ones(2)}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"holds 1 tensors of the image tower .* \(vision_model\.head\.probe\)"):
         open_source(str(tmp_path))
+
+
+LOADS_MORE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "kernel": (lambda f: edit(f / "config.json", attn_implementation="kernels-community/x"), "'kernels-community/x'"),
+    "kernel of a part": (
+        lambda f: edit(f / "config.json", x={"_attn_implementation": {"y": "a/b"}}),
+        "'a/b', code that",
+    ),
+    "quantised": (
+        lambda f: edit(f / "config.json", quantization_config={"quant_method": "awq"}),
+        "quantization_config",
+    ),
+    "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), r"adapter_config\.json beside config\.json"),
+}
+
+
+@pytest.mark.parametrize("name", LOADS_MORE)
+def test_folders_from_which_transformers_would_load_something_else_are_refused(name: str, tmp_path: Path) -> None:
+    write_clip(tmp_path, CLIPVisionModel)
+    edit(tmp_path / "config.json", attn_implementation="sdpa")
+    load_strict(CLIPVisionModel, tmp_path, torch.float32)
+    change, reason = LOADS_MORE[name]
+    change(tmp_path)
+    with pytest.raises(ModelError, match=reason):
+        open_source(str(tmp_path))
+    with pytest.raises(ModelError, match=reason):
+        load_strict(CLIPVisionModel, tmp_path, torch.float32)
+
+
+BROKEN_TEXT: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "the tokenizer is left out: .*cannot be read as"),
+    "temperature": (lambda f: change_state(f, lambda s: s.pop("logit_scale")), "holds no tensor logit_scale"),
+    "NaN": (lambda f: change_state(f, lambda s: s["ln_final.bias"].fill_(torch.nan)), r"ln_final\.bias holds NaN"),
+    "shape": (
+        lambda f: change_state(f, lambda s: s.update(text_projection=torch.ones(8, 16))),
+        "text tower is left out",
+    ),
+    "null": (lambda f: change_config(f, text_cfg=None), "text_cfg is None, needed is an object"),
+    "eps": (lambda f: change_config(f, text_cfg=TEXT | {"norm_kwargs": {"eps": None}}), "eps is None"),
+    "length": (lambda f: change_config(f, text_cfg=TEXT | {"context_length": 3}), "leaves no room for words"),
+    "heads": (lambda f: change_config(f, text_cfg=TEXT | {"heads": 0}), "text tower is left out"),
+}
+
+
+def change_state(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    state = load_file(folder / "open_clip_model.safetensors")
+    change(state)
+    save_file(state, folder / "open_clip_model.safetensors")
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    edit(folder / "open_clip_config.json")
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    (folder / "open_clip_config.json").write_text(json.dumps(config | {"model_cfg": config["model_cfg"] | changes}))
+
+
+@pytest.mark.parametrize("name", BROKEN_TEXT)
+def test_a_broken_text_side_leaves_the_image_tower(name: str, tmp_path: Path) -> None:
+    model = write_open_clip(tmp_path, config_of({}))
+    write_tokenizer(tmp_path, "clip")
+    change, reason = BROKEN_TEXT[name]
+    change(tmp_path)
+    source = open_source(str(tmp_path))
+    check_image_side(source, model)
+    [note] = source.provenance["notes"]
+    assert re.search(reason, note)
+    with pytest.raises(ModelError, match=f"(?s)--with-text: .*{reason}"):
+        export(str(tmp_path), tmp_path / "out", with_text=True)
+
+
+def test_a_text_tower_that_ends_its_texts_elsewhere_than_its_tokenizer_is_left_out(tmp_path: Path) -> None:
+    write_clip(tmp_path)
+    tokenizer = write_tokenizer(tmp_path, "clip")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for end, kept in ((tokenizer.eos, True), (2, True), (7, False)):  # 2 stands for the largest id
+        edit(tmp_path / "config.json", text_config=config["text_config"] | {"eos_token_id": end})
+        source = open_source(str(tmp_path))
+        assert (source.model is not None) == kept
+    assert "pooled at id 7, where its tokenizer ends them with" in source.provenance["notes"][0]
+
+
+def test_other_files_of_others_that_are_damaged_are_named(tmp_path: Path) -> None:
+    write_open_clip(tmp_path / "a", config_of({}))
+    for broken, reason in (({"vision_cfg": None}, "vision_cfg is None"), ({"vision_cfg": [1]}, r"vision_cfg is \[1\]")):
+        change_config(tmp_path / "a", **broken)
+        with pytest.raises(ModelError, match=reason):
+            open_source(str(tmp_path / "a"))
+    for broken, reason in ((["a"], r"preprocess_cfg is \['a'\]"), ({"mean": ["a", 0, 0]}, "three numbers")):
+        write_open_clip(tmp_path / "a", config_of({}))
+        edit(tmp_path / "a" / "open_clip_config.json", preprocess_cfg=broken)
+        with pytest.raises(ModelError, match=reason):
+            open_source(str(tmp_path / "a"))
+    write_clip(tmp_path / "b", CLIPVisionModel)
+    (tmp_path / "b" / "encoder.json").write_text('{"vision": {"pool": "x", "norm_after_pool": 1}, "embed_dim": null}')
+    with pytest.raises(ModelError, match=r"encoder\.json does not describe"):
+        open_source(str(tmp_path / "b"))
+
+
+def test_a_folder_with_open_clips_config_and_transformers_weights_is_transformers(tmp_path: Path) -> None:
+    write_clip(tmp_path)
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config_of({})}))
+    assert open_source(str(tmp_path)).family == "hf-clip"
+
+
+def test_clips_weights_under_a_config_that_leaves_out_their_epsilon_come_with_a_note(tmp_path: Path) -> None:
+    text = CLIPS["text_cfg"]
+    for given, expected in (
+        (CLIPS, ""),
+        (
+            {"vision_cfg": MEAN_POOL, "text_cfg": BERT | {"context_length": 80}},
+            "no vision norm_kwargs, no text norm_kw",
+        ),
+        (CLIPS | {"text_cfg": {k: v for k, v in text.items() if k != "act_kwargs"}}, "states no text act_kwargs, so"),
+    ):
+        write_open_clip(tmp_path, config_of(given))
+        notes = open_source(str(tmp_path)).provenance["notes"]
+        assert [expected in note for note in notes if "eps" in note] == ([True] if expected else [])
+
+
+OPENAI_PROCESSOR = {  # as OpenAI's own folders on the Hub have it, but for the size
+    "crop_size": SIZE,
+    "size": SIZE,
+    "resample": 3,
+    "feature_extractor_type": "CLIPFeatureExtractor",
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+PICTURES = {
+    "transformers": lambda f: write_clip(f, CLIPVisionModel),
+    "OpenAI": lambda f: [
+        write_clip(f, CLIPVisionModel),
+        (f / "preprocessor_config.json").write_text(json.dumps(OPENAI_PROCESSOR)),
+    ],
+    "open_clip, crop": lambda f: write_open_clip(f, config_of({})),
+    "open_clip, squash": lambda f: write_open_clip(f, config_of({}), SQUASH),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pixels_are_those_of_the_sources_own_processor(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And an export whose reading of it is wrong is refused."""
+    PICTURES[name](tmp_path / "source")
+    source = open_source(str(tmp_path / "source"))
+    picture = fixed_images(90, 1)[0][:, :60]
+    pixels = source.reference_pixels(picture)
+    torch.testing.assert_close(pixels, evaluation_pixels(source.preprocess, SIZE, picture), rtol=0, atol=1e-5)
+    if "open_clip" in name:
+        stated = json.loads((tmp_path / "source" / "open_clip_config.json").read_text())["preprocess_cfg"]
+        transform = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(SIZE, **stated), False)
+        theirs = transform(Image.fromarray(picture.permute(1, 2, 0).numpy()))
+        assert (pixels[0] - theirs).abs().max() <= 1.5 / 255 / 0.2  # Pillow rounds by a step of 8 bits
+    export(str(tmp_path / "source"), tmp_path / "right")
+    wrong = replace(source, preprocess=replace(source.preprocess, mean=(0.48, 0.46, 0.41)))
+    monkeypatch.setattr("encoders.sources.source.open_source", lambda *_: wrong)
+    for size in (SIZE, 48):
+        with pytest.raises(ParityError, match="makes pixels"):
+            export(str(tmp_path / "source"), tmp_path / "wrong", image_size=size)
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "transformers"])
+def test_a_text_tower_that_was_misread_is_not_exported(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wrong epsilon is in our tower and in what it is exported as; only the source itself knows better."""
+    if kind == "open_clip":
+        write_open_clip(tmp_path / "source", config_of({}))
+    else:
+        write_clip(tmp_path / "source")
+        whole = json.loads((tmp_path / "source" / "config.json").read_text())
+        edit(tmp_path / "source" / "config.json", text_config=whole["text_config"] | {"eos_token_id": 2})
+    write_tokenizer(tmp_path / "source", "clip")
+    export(str(tmp_path / "source"), tmp_path / "right", with_text=True)
+    source = open_source(str(tmp_path / "source"))
+    config = replace(source.model.config, text=replace(source.model.config.text, norm_eps=1e-2))
+    for module in source.model.text.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1e-2
+    source.model.text.config, source.model.config = config.text, config
+    monkeypatch.setattr("encoders.sources.source.open_source", lambda *_: source)
+    with pytest.raises(ParityError, match="computes other text embeddings than the source"):
+        export(str(tmp_path / "source"), tmp_path / "wrong", with_text=True)
 
 
 def test_squashing_processors_and_missing_ones(tmp_path: Path) -> None:
@@ -628,6 +851,30 @@ def test_an_export_is_a_source_that_pools_as_its_run_did(tmp_path: Path) -> None
     assert relative(source.reference(pixels)["image_embeds"], wanted) <= BOUND
 
 
+@pytest.mark.parametrize("kind", ["clip", "bert"])
+@torch.no_grad()
+def test_an_export_with_text_is_a_source_of_both_towers(kind: str, tmp_path: Path) -> None:
+    """Also with a vocabulary of its own, in which the end of a text is not the largest id."""
+    text = replace(CLIP_TEXT if kind == "clip" else BERT_TEXT, length=TOKENS)
+    run = write_run(tmp_path / "run", text=text)
+    if kind == "clip":
+        tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
+        tokenizer.add_special_tokens(["<|more|>"])
+        tokenizer.save(str(run / "tokenizer.json"))
+        manifest.seal(run, "encoder-run", {})
+    export(str(run), tmp_path / "out", with_text=True)
+    source = open_source(str(tmp_path / "out"))
+    model, words = encoder_run.load(run)
+    assert source.provenance["notes"] == []
+    assert source.model.config.text == text
+    rows = [words.encode(caption, TOKENS) for caption in CAPTIONS]
+    assert [source.tokenizer.encode(caption, TOKENS) for caption in CAPTIONS] == rows
+    ids, lengths = pad_texts(rows, text), [len(row) for row in rows]
+    for found in (source.model.text(ids, lengths), source.reference_text(ids, lengths)):
+        assert relative(found, model.text(ids, lengths)) <= BOUND
+    export(str(tmp_path / "out"), tmp_path / "again", with_text=True)
+
+
 def test_without_open_clip_only_what_needs_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_open_clip(tmp_path, config_of({"text_cfg": {"vocab_size": 49408}}))
     monkeypatch.setitem(sys.modules, "open_clip", None)
@@ -670,14 +917,14 @@ def test_published_clips_weights_from_the_hub(
     upload(tmp_path / "words", "lab/words")
     given = CLIPS | {"text_cfg": CLIPS["text_cfg"] | {"hf_tokenizer_name": "lab/words"}}
     model = write_open_clip(tmp_path / "published", config_of(given), SQUASH)
-    (tmp_path / "published" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
+    (tmp_path / "published" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     torch.save(model.state_dict(), tmp_path / "published" / "open_clip_pytorch_model.bin")
     upload(tmp_path / "published", repo)
     commit = server.repos[repo].refs["main"]
     for revision in (None, commit):
         source = open_source(repo, revision=revision)
         assert (source.provenance["base_model"], source.provenance["commit"]) == (repo, commit)
-        assert (source.provenance["license"], source.family) == ("cc-by-4.0", "clips")
+        assert (source.provenance["license"], source.family) == ("apache-2.0", "clips")
         assert source.provenance["notes"] == []
         check_image_side(source, model)
         assert source.tokenizer.encode(CAPTIONS[1], TOKENS) == tokenizer.encode(CAPTIONS[1], TOKENS)
@@ -690,7 +937,7 @@ def test_published_clips_weights_from_the_hub(
 
 
 @torch.no_grad()
-def test_shards_and_pickles_from_the_hub(server: HubServer, tmp_path: Path) -> None:
+def test_shards_and_pickles_from_the_hub(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = write_clip(tmp_path / "shards")
     (tmp_path / "shards" / "model.safetensors").unlink()
     model.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
@@ -699,10 +946,41 @@ def test_shards_and_pickles_from_the_hub(server: HubServer, tmp_path: Path) -> N
     (tmp_path / "pickle" / "open_clip_model.safetensors").unlink()
     torch.save(theirs.state_dict(), tmp_path / "pickle" / "open_clip_pytorch_model.bin")
     upload(tmp_path / "pickle", "lab/pickle")
-    check_image_side(open_source("lab/pickle"), theirs)
+    for offline in (False, True):  # and then without the file that comes first, which nobody has
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        check_image_side(open_source("lab/pickle"), theirs)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     pixels = torch.randn(1, 3, SIZE, SIZE)
     found = open_source("lab/shards").tower.model(pixels).last_hidden_state
     assert relative(found, model.vision_model(pixels).last_hidden_state) <= BOUND
+
+
+def test_a_damaged_card_or_index_on_the_hub_and_a_full_disk(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_clip(tmp_path / "card")
+    (tmp_path / "card" / "README.md").write_text("---\nlicense: other\nlicense_name: ours\n---\n")
+    upload(tmp_path / "card", "lab/card")
+    source = open_source("lab/card")
+    stated = {name: source.provenance.get(name) for name in ("license", "license_name", "license_link")}
+    assert stated == {"license": "other", "license_name": "ours", "license_link": None}
+    assert source.provenance["notes"][1:] == []
+    (source.parents["source"] / "README.md").write_text("---\nlicense: mit\ntitle: a: b: c\n---\n")
+    source = open_source("lab/card")
+    assert "license" not in source.provenance
+    assert "license is unknown: its README.md has no valid metadata" in source.provenance["notes"][0]
+    (tmp_path / "card" / "model.safetensors").unlink()
+    (tmp_path / "card" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../evil.safetensors"}}')
+    upload(tmp_path / "card", "lab/index")
+    with pytest.raises(ModelError, match=r"names '\.\./\.\./evil\.safetensors', which is not"):
+        open_source("lab/index")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    with pytest.raises(ModelError, match="cannot be stored: .*No space left.*free space"):
+        open_source("lab/card")
 
 
 def test_what_the_hub_lacks_is_named(server: HubServer, tmp_path: Path) -> None:

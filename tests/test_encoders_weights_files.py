@@ -1,6 +1,7 @@
 """Foreign weights files: every honest layout gives the same tensors, and nothing that a hostile one holds is run."""
 
 import io
+import json
 import os
 import pickle
 import struct
@@ -8,6 +9,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -178,6 +180,22 @@ def test_what_is_missing_or_twice_there_or_no_number_is_named(tmp_path: Path) ->
     save_file({"a": torch.ones(1), "module.a": torch.zeros(1)}, file)
     with pytest.raises(ModelError, match="twice"):
         Weights(file)
+
+
+@pytest.mark.parametrize(
+    "weight_map",
+    [{"a": "w.safetensors.index.json"}, {"a": 3}, {"a": 3, "b": "x"}, {"a": "../w.safetensors"}, {"a": ".."}, ["a"], 1],
+)
+def test_an_index_that_names_anything_but_weights_beside_it_is_refused(weight_map: Any, tmp_path: Path) -> None:
+    save_file(state(), tmp_path / "w.safetensors")
+    (tmp_path / "deep").mkdir()
+    file = tmp_path / "deep" / "w.safetensors.index.json"
+    file.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ModelError, match=r"w\.safetensors\.index\.json (names .*not a file|is not an index)"):
+        Weights(file)
+    file.write_text(json.dumps({"weight_map": dict.fromkeys(state(), "w.safetensors")}))
+    save_file(state(), tmp_path / "deep" / "w.safetensors")
+    assert set(Weights(file)) == set(state())
 
 
 def test_a_link_out_of_the_folder_is_refused_but_not_the_hubs_own(tmp_path: Path) -> None:

@@ -66,6 +66,36 @@ def test_from_one_repository_to_another_in_one_command(
     assert card.data.pipeline_tag == "image-feature-extraction"
 
 
+def test_what_cannot_be_published_is_refused_before_the_export(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for options, match in (
+        ("--push-to-hub a/b/c", "does not name a repo"),
+        ("--license Mine!", "none of the Hub's names"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["export-encoder", str(encoder), str(tmp_path / "out"), *options.split()])
+        with pytest.raises(UsageError, match=match):
+            export.main()
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_takes_a_licence_where_its_source_states_none(
+    server: HubServer, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = f"export-encoder {encoder} {tmp_path / 'out'} --license mit --push-to-hub {REPO}"
+    monkeypatch.setattr(sys, "argv", line.split())
+    export.main()
+    card = ModelCard(server.repos[REPO].files("main")["README.md"].content.decode())
+    assert card.data.license == "mit"
+    assert f'name = "{REPO}"' in card.content
+    assert "ORG/NAME" not in card.content
+    assert "model_name" not in card.data.to_dict()
+    line = f"export-encoder {REPO} {tmp_path / 'again'} --license apache-2.0"
+    monkeypatch.setattr(sys, "argv", line.split())
+    with pytest.raises(UsageError, match="states the license mit, which stays"):
+        export.main()
+
+
 def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["publish-model", *command.split()])
     publish_model.main()
@@ -92,6 +122,7 @@ def llava(tiny_llava: Path, tmp_path: Path) -> Path:
     (folder / "status.json").write_text("{}")
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "optimizer.pt").write_bytes(b"x")
+    (folder / "checkpoints" / "latest").symlink_to("optimizer.pt")
     return folder
 
 
@@ -121,9 +152,9 @@ def test_a_llava_brings_a_card_and_leaves_its_run_behind(
         "transformers",
         "image-text-to-text",
     )
-    assert card.data.base_model == [REPO, "meta/llm"]
+    assert (card.data.base_model, card.data.base_model_relation) == ([REPO, "meta/llm"], "finetune")
     assert [(r.dataset_type, r.metric_type, r.metric_value) for r in card.data.eval_results] == [
-        ("pope", "pope_accuracy", 0.861)
+        ("lmms-lab-encoder/POPE", "pope_accuracy", 0.861)
     ]
     assert not (llava / "README.md").exists()  # the folder is as it was
     assert str(tmp_path).encode() not in b"".join(files.values())
@@ -156,4 +187,6 @@ def test_an_adapter_names_the_published_model_it_belongs_to(
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "someone/stage1"
     card = ModelCard(files["README.md"].decode())
     assert (card.data.library_name, card.data.base_model) == ("peft", ["someone/stage1"])
+    assert card.data.base_model_relation == "adapter"
+    assert "model_name" not in card.data.to_dict()
     assert "More Information Needed" not in card.content

@@ -9,6 +9,7 @@ import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from torch.optim import AdamW
 
 from encoders import manifest
 from encoders.errors import DataError, UsageError
-from train import checkpoint, random_state
+from train import checkpoint, random_state, training_state
 from train.checkpoint import Progress
 from train.ledger import Ledger
 
@@ -238,6 +239,42 @@ def test_when_all_are_damaged_it_says_so(run: Run) -> None:
     (run.out / "checkpoints" / "step-00000001" / "model.safetensors").write_bytes(b"")
     with pytest.raises(DataError, match="every checkpoint .* is damaged"):
         checkpoint.newest_for_all(run.out, run.accelerator)
+
+
+def test_hidden_files_are_hashed_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.distributed.checkpoint's index of shards is one, and a pickle."""
+    write = training_state.write
+
+    def sharded(folder: Path, *arguments: Any) -> None:
+        write(folder, *arguments)
+        (folder / "shards").mkdir()
+        (folder / "shards" / ".metadata").write_bytes(b"a pickle")
+
+    monkeypatch.setattr(training_state, "write", sharded)
+    assert run.save(1)
+    assert run.save(2)
+    index = run.out / "checkpoints" / "step-00000002" / "shards" / ".metadata"
+    for spoil in (lambda: index.write_bytes(b"another!"), index.unlink, lambda: index.write_bytes(b"a pick")):
+        spoil()
+        assert checkpoint.newest(run.out) == run.out / "checkpoints" / "step-00000001"
+    index.write_bytes(b"a pickle")
+    assert checkpoint.newest(run.out) == run.out / "checkpoints" / "step-00000002"
+    (index.parent / ".more").write_bytes(b"")
+    assert checkpoint.newest(run.out) == run.out / "checkpoints" / "step-00000001"
+
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run.save(1)
+    assert run.save(2)
+    verify = manifest.verify
+
+    def failing(folder: Path, full: bool) -> manifest.Manifest:
+        if folder.name.endswith("2"):
+            raise OSError(errno.EIO, "a bad sector")
+        return verify(folder, full=full)
+
+    monkeypatch.setattr(manifest, "verify", failing)
+    assert run.load().step == 1
 
 
 def test_what_is_written_holds_no_pickle(run: Run) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from encoders import manifest
 from encoders.config import EncoderConfig
-from train import llava_task, loop, pair_task, signals, start
+from train import llava_task, loop, pair_task, start
 from train.config import (
     RECIPES,
     LlavaConfig,
@@ -33,6 +33,7 @@ from train.config import (
     load_yaml,
     parse,
 )
+from train.signals import StopRequest
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
 IMAGENET = 1_281_167  # samples of an "ImageNet epoch"
@@ -82,8 +83,7 @@ def shrunk_run(run: RunConfig, out: Path, micro_batches: int) -> RunConfig:
 def one_step(task: pair_task.PairTask, run: RunConfig, optim: OptimConfig, accelerator: Accelerator) -> Trained:
     """The run's folder, and each trainable parameter before and after its only step."""
     before = {name: p.detach().clone() for name, p in task.module.named_parameters() if p.requires_grad}
-    with signals.StopRequest() as stop:
-        loop.train(task, run, replace(optim, warmup_steps=0), stop, accelerator)
+    loop.train(task, run, replace(optim, warmup_steps=0), StopRequest(), accelerator)
     after = dict(task.module.named_parameters())
     return run.out, {name: (value, after[name].detach()) for name, value in before.items()}
 
@@ -203,8 +203,7 @@ def test_a_llava_stage_takes_a_step(
     config = replace(config, **sources, run=run, data=data, lora_r=4, lora_alpha=8)
     run.out.mkdir()
     accelerator = start.build_accelerator(run)
-    with signals.StopRequest() as stop:
-        loop.train(llava_task.build(config), run, replace(config.optim, warmup_steps=0), stop, accelerator)
+    loop.train(llava_task.build(config), run, replace(config.optim, warmup_steps=0), StopRequest(), accelerator)
     seal = manifest.read(run.out, "llava")
     assert seal.metrics["samples_seen"] == 4
     assert (run.out / "adapter").is_dir() == (config.stage in ("lora", "qlora"))

@@ -77,7 +77,7 @@ def save(
 
     def seal() -> None:
         manifest.write_json(aside / "progress.json", asdict(Progress(step, ledger.state())))
-        manifest.seal(aside, "checkpoint", identity)
+        manifest.seal(aside, "checkpoint", identity, files=_files(aside))
         manifest.write_json(aside / SEAL, manifest.fingerprint(aside / manifest.MANIFEST))
         if final.exists():  # a damaged checkpoint that the resume passed over
             _remove(final)
@@ -110,7 +110,7 @@ def newest(out: Path) -> Path | None:
         try:
             _verify(checkpoint)
             return checkpoint
-        except DataError as error:
+        except (DataError, OSError) as error:
             print(f"warning: {checkpoint.name} is damaged and is passed over: {error}")
     if candidates:
         raise DataError(f"every checkpoint in {out / FOLDER} is damaged; remove the folder to start again")
@@ -120,7 +120,9 @@ def newest(out: Path) -> Path | None:
 def _verify(checkpoint: Path) -> None:
     """Raise DataError if a byte of a checkpoint is not the one that was written."""
     seal = checkpoint / SEAL
-    manifest.verify(checkpoint, full=True)
+    sealed = manifest.verify(checkpoint, full=True)
+    if strange := sorted(set(_files(checkpoint)) - sealed.files.keys()):
+        raise DataError(f"{checkpoint} holds {strange[0]}, which was not written with it")
     if (
         not seal.is_file()
         or seal.read_bytes() != f'"{manifest.fingerprint(checkpoint / manifest.MANIFEST)}"\n'.encode()
@@ -180,6 +182,12 @@ def changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     free = tuple(f"run.{name}" for name in FREE_RUN_KEYS)
     names = sorted(name for name in old.keys() | new.keys() if not name.endswith(free))
     return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
+
+
+def _files(checkpoint: Path) -> list[str]:
+    """All files but manifest and seal. The index of shards is a hidden one, and a pickle: hashed like the rest."""
+    files = (file.relative_to(checkpoint).as_posix() for file in checkpoint.rglob("*") if file.is_file())
+    return sorted(name for name in files if name not in (manifest.MANIFEST, SEAL))
 
 
 def _complete(out: Path) -> list[Path]:

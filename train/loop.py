@@ -6,6 +6,7 @@ end. Checkpoints, resume, logging, the finite-loss guard and the run's status ar
 
 import json
 import math
+import multiprocessing
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
 from encoders import manifest
@@ -130,10 +132,11 @@ def train(task: Task, run: RunConfig, optim: OptimConfig, stop: StopRequest, acc
             rate = set_learning_rate(optimizer, step, run.steps, optim.warmup_steps)
             figures = task.step(module, micro_batches, accelerator)
             loss, leave, new_bad = _agree(figures["loss"], stop, new_bad, accelerator)
-            _refuse_non_finite(loss, figures["loss"], step, micro_batches, run.out, accelerator)
+            _refuse_non_finite("loss", loss, figures["loss"], step, micro_batches, run.out, accelerator)
             ledger.count(run.batch_size, new_bad)
             if optim.clip_norm is not None:
-                accelerator.clip_grad_norm_(module.parameters(), optim.clip_norm)
+                norm = _plain(accelerator.clip_grad_norm_(module.parameters(), optim.clip_norm))
+                _refuse_non_finite("norm", float(norm), figures["loss"], step, micro_batches, run.out, accelerator)
             optimizer.step()
             optimizer.zero_grad()
             done = step + 1
@@ -153,6 +156,7 @@ def train(task: Task, run: RunConfig, optim: OptimConfig, stop: StopRequest, acc
                     _evaluate(task, tracker, done, accelerator)
             if leave or (run.save_every and (done % run.save_every == 0 or done == run.steps)):
                 watchdog.beat(f"saving after step {done}")
+                tracker.sync()
                 ledger.gather()
                 saved = checkpoint.save(
                     run.out, done, ledger, task.module, optimizer, _identity(task), run.keep, accelerator
@@ -162,6 +166,7 @@ def train(task: Task, run: RunConfig, optim: OptimConfig, stop: StopRequest, acc
         watchdog.beat("writing the finished model")
         with _whole(task, plan, accelerator):
             _seal(task, run, ledger, accelerator)
+    accelerator.wait_for_everyone()  # no rank leaves while another's watchdog still looks for it
 
 
 def _fit_for_fsdp(task: Task, accelerator: Accelerator) -> nn.Module | None:
@@ -217,11 +222,19 @@ def _batches(task: Task, order: StepOrder, run: RunConfig, device: torch.device)
         worker_init_fn=leave_to_parent,
         generator=torch.Generator().manual_seed(run.seed),  # else the loader would draw from the global state
     )
-    for batch in loader:
-        yield {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in batch.items()
-        }
+    others = multiprocessing.active_children()
+    source = iter(loader)
+    workers = [child for child in multiprocessing.active_children() if child not in others]
+    try:
+        for batch in source:
+            yield {
+                name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+                for name, value in batch.items()
+            }
+    finally:
+        del source  # asks the workers to end; one that is stuck in a read would keep this process from leaving
+        for worker in workers:
+            worker.kill()
 
 
 def _agree(loss: Tensor, stop: StopRequest, new_bad: int, accelerator: Accelerator) -> tuple[float, bool, int]:
@@ -237,12 +250,17 @@ def _farewell(out: Path, done: int, saved: bool) -> str:
     return f"{out} was asked to stop: {state}; go on with --resume"
 
 
+def _plain(norm: Tensor) -> Tensor:
+    """A norm that FSDP2 may have left in parts."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
 def _refuse_non_finite(
-    mean: float, loss: Tensor, step: int, micro_batches: list[Batch], out: Path, accelerator: Accelerator
+    name: str, found: float, loss: Tensor, step: int, micro_batches: list[Batch], out: Path, accelerator: Accelerator
 ) -> None:
-    """If the mean loss is not finite every rank stops before the update: the step, and each rank's loss and sample ids,
-    are written to non_finite.json, and ModelError is raised."""
-    if math.isfinite(mean):
+    """If the mean loss, or the norm of the gradients, is not finite every rank stops before the update: the step, and
+    each rank's loss and sample ids, are written to non_finite.json, and ModelError is raised."""
+    if math.isfinite(found):
         return
     ids = [i for batch in micro_batches for i in batch["sample_ids"]]
     mine = {"rank": accelerator.process_index, "loss": str(float(loss)), "sample_ids": ids}
@@ -250,8 +268,9 @@ def _refuse_non_finite(
     if accelerator.is_main_process:
         manifest.write_json(out / NON_FINITE, {"step": step + 1, "ranks": everyone})
     raise ModelError(
-        f"loss is {mean} at step {step + 1}, before the update; the samples are in {out / NON_FINITE}; lower "
-        "optim.lr or look at these samples, then go on from the last checkpoint with --resume"
+        f"the {name} is {found} at step {step + 1}, before the update; the samples are in {out / NON_FINITE}. Look at "
+        f"them; if the weights have gone wrong, remove the newest of {out / checkpoint.FOLDER} and go on from the one "
+        "before with --resume, or begin again elsewhere with a lower optim.lr"
     )
 
 

@@ -15,10 +15,11 @@ def main() -> None:
     from train import loop, pair_task, signals, start, status
 
     start.prepare_folder(config.run)
-    accelerator = start.build_accelerator(config.run)
-    with signals.StopRequest() as stop, status.status(config.run, accelerator):
-        task = pair_task.pretrain(config, accelerator)
-        loop.train(task, config.run, config.optim, stop, accelerator)
+    with signals.StopRequest() as stop:
+        accelerator = start.build_accelerator(config.run)
+        with status.status(config.run, accelerator):
+            task = pair_task.pretrain(config, accelerator)
+            loop.train(task, config.run, config.optim, stop, accelerator)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,28 @@ from encoders import manifest
 from encoders.errors import Preempted, SwapError
 from train import ranks
 from train.config import RunConfig
+from train.tracking import tell
 
 STATUS = "status.json"
 SECONDS_TO_DIE = 2.0
 
 
 def write_status(out: Path, state: str, code: int | None, message: str, rank: int) -> None:
-    """Of several failures the first stays: the others follow from it."""
-    file = out / STATUS
-    if state == "failed" and file.is_file() and json.loads(file.read_text())["state"] == "failed":
+    """Of several failures the first stays, as the others follow from it; a finished run stays finished."""
+    if state == "failed" and _state(out / STATUS) in ("failed", "finished"):
         return
-    manifest.write_json(file, {"state": state, "code": code, "message": message, "rank": rank})
+    try:
+        manifest.write_json(out / STATUS, {"state": state, "code": code, "message": message, "rank": rank})
+    except OSError as error:  # a full disk: the exit code still tells
+        tell(f"warning: {out / STATUS} could not be written ({error}); the run is {state} ({code}): {message}")
+
+
+def _state(file: Path) -> str | None:
+    """The state that a file holds; None if it is not there or damaged."""
+    try:
+        return str(json.loads(file.read_text())["state"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @contextmanager

@@ -94,11 +94,26 @@ class Tracker:
             os.truncate(self.file, before)
             self.say(f"warning: a row of {self.file} could not be written ({error})")
 
+    def sync(self) -> None:
+        """Make the rows durable: a checkpoint is about to be written, and later rows only come after it."""
+        if self.main:
+            with self.file.open("rb") as stream:
+                os.fsync(stream.fileno())
+
     def _drop_rows_after(self, step: int) -> None:
-        """Rows that a killed run wrote after its last checkpoint will be written again."""
-        rows = self.file.read_text().splitlines(keepends=True) if self.file.is_file() else []
-        kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
-        self.file.write_text("".join(kept))
+        """Cut off what a killed run wrote after its last checkpoint, as it will be written again."""
+        self.file.touch()
+        end = 0
+        for row in self.file.read_bytes().splitlines(keepends=True):
+            if not _complete(row) or json.loads(row)["step"] > step:
+                break
+            end += len(row)
+        os.truncate(self.file, end)
+
+
+def _complete(row: bytes) -> bool:
+    """A power failure leaves half a row, or zeros."""
+    return row.startswith(b"{") and row.endswith(b"}\n")
 
 
 def _short(value: float) -> str:

@@ -25,9 +25,10 @@ def main() -> None:
     from train import llava_task, loop, signals, start, status
 
     start.prepare_folder(config.run)
-    accelerator = start.build_accelerator(config.run)
-    with signals.StopRequest() as stop, status.status(config.run, accelerator):
-        loop.train(llava_task.build(config), config.run, config.optim, stop, accelerator)
+    with signals.StopRequest() as stop:
+        accelerator = start.build_accelerator(config.run)
+        with status.status(config.run, accelerator):
+            loop.train(llava_task.build(config), config.run, config.optim, stop, accelerator)
 
 
 if __name__ == "__main__":

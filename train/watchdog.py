@@ -25,6 +25,7 @@ LOOK_EVERY = 2.0
 SILENT_AFTER = 45.0
 """Seconds without a heartbeat from another machine: long enough for a busy interpreter, short enough for one minute."""
 EXIT_GONE, EXIT_STUCK = 1, 70
+GRACE = 20.0
 
 
 class Watchdog:
@@ -43,6 +44,8 @@ class Watchdog:
     def beat(self, doing: str) -> None:
         """Work goes on; `doing` is what the rank will be found doing should it get stuck."""
         self.last, self.doing = time.monotonic(), doing
+        # Behind this class' own thread, which a main thread stuck in C code may keep from running.
+        faulthandler.dump_traceback_later(self.limit + GRACE, exit=True)
 
     def gone(self) -> str:
         """The ranks known to be gone, in words; empty if there are none."""
@@ -59,6 +62,7 @@ class Watchdog:
     ) -> None:
         self.over.set()
         self.thread.join()
+        faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
         while not self.over.wait(min(LOOK_EVERY, self.limit / 4)):
@@ -71,18 +75,20 @@ class Watchdog:
                 self._end(f"{lost}; {self.me} was {self.doing}", EXIT_GONE)
 
     def _end(self, what: str, code: int) -> None:
-        folder = self.out / STACKS
-        folder.mkdir(exist_ok=True)
-        file = folder / f"rank-{self.me.rank:05d}.txt"
-        with file.open("w") as stream:
-            stream.write(what + "\n")
-            stream.flush()
-            faulthandler.dump_traceback(stream, all_threads=True)
+        file = self.out / STACKS / f"rank-{self.me.rank:05d}.txt"
         message = f"{what}; its stacks are in {file}; go on from the last checkpoint with --resume"
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        write_status(self.out, "failed", code, message, self.me.rank)
-        os._exit(code)  # the main thread sits in a call that no exception reaches
+        faulthandler.dump_traceback_later(GRACE, exit=True)  # the disk may hang as well
+        try:
+            print(f"error: {message}", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+            file.parent.mkdir(exist_ok=True)
+            with file.open("w") as stream:
+                stream.write(what + "\n")
+                stream.flush()
+                faulthandler.dump_traceback(stream, all_threads=True)
+            write_status(self.out, "failed", code, message, self.me.rank)
+        finally:
+            os._exit(code)  # the main thread sits in a call that no exception reaches
 
 
 class _Heartbeats:
@@ -111,8 +117,8 @@ class _Heartbeats:
         """Send a sign of life; the first far rank that has sent none for too long, in words."""
         try:
             self._send()
-            for rank in self.far:
-                beat = self.store.get(f"{rank.rank}")
+            beats = self.store.multi_get([f"{rank.rank}" for rank in self.far])
+            for rank, beat in zip(self.far, beats, strict=True):
                 if beat != self.seen[rank.rank][0]:
                     self.seen[rank.rank] = (beat, time.monotonic())
         except dist.DistError as error:

@@ -7,6 +7,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from encoders.publish.publishable import UNNAMED
+
 FILE = "README.md"
 UNKNOWN_LICENSE = "unknown"
 PAPERS = {
@@ -76,15 +78,17 @@ def metadata(provenance: Mapping[str, Any], facts: Mapping[str, Any], with_text:
     objective = _objective(provenance, facts)
     tags = ["clip", "clip_vision_model", "vision", "vision-encoder", "llava", objective]
     tags += ["open_clip", "zero-shot-image-classification"] if with_text else []
+    measured = results(provenance) if facts["resize"] is None else None
     return ModelCardData(
         license=provenance.get("license") or UNKNOWN_LICENSE,
+        license_name=provenance.get("license_name"),
+        license_link=provenance.get("license_link"),
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
         base_model=provenance.get("base_model"),
-        datasets=provenance.get("datasets"),
         tags=sorted(set(tags)),
-        model_name=title(provenance, facts),
-        eval_results=results(provenance) if facts["resize"] is None else None,
+        model_name=title(provenance, facts) if measured else None,
+        eval_results=measured,
     )
 
 
@@ -136,9 +140,9 @@ def _objective(provenance: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
 def _what(provenance: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     vision = facts["vision"]
     commit = f" at `{provenance['commit']}`" if provenance.get("commit") else ""
+    loads = "A plain `CLIPVisionModel`: it loads with transformers alone, 4.37 and newer, and is a "
     lines = [
-        "A plain `CLIPVisionModel`: it loads with transformers alone, 4.37 and newer, and is a drop-in vision tower "
-        "for LLaVA.",
+        loads + ("vision tower for LLaVA in bfloat16." if facts["folded"] else "drop-in vision tower for LLaVA."),
         f"- Source: `{provenance['source']}`{commit}, family `{facts['family']}`; sha256 of its weights "
         f"`{provenance['weights_sha256']}`",
         f"- {vision['layers']} layers of width {vision['width']}, {vision['heads']} heads, patch "
@@ -167,6 +171,12 @@ def _usage(facts: Mapping[str, Any], with_text: bool) -> str:
         if facts["embed_dim"] is not None
         else ""
     )
+    half = (
+        " Its `llava/model/builder.py` loads everything in float16, in which this encoder is wrong without an error: "
+        "write `torch.bfloat16` there (twice), and in the code that casts pictures to `.half()` or `torch.float16`."
+        if facts["folded"]
+        else ""
+    )
     grid = vision["image_size"] // vision["patch_size"]
     open_clip = """
 Both towers, for zero-shot use with open_clip (download the folder first):
@@ -178,16 +188,19 @@ tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
 """
     return f"""## Usage
 ```python
+from PIL import Image
 from transformers import AutoImageProcessor, CLIPVisionModel
 
-name = "ORG/NAME"  # or a folder
+name = "{UNNAMED}"  # or a folder
+image = Image.open("picture.jpg")
 tower = CLIPVisionModel.from_pretrained(name)
 processor = AutoImageProcessor.from_pretrained(name)
 output = tower(**processor(image, return_tensors="pt"), output_hidden_states=True)
 patches = output.hidden_states[-2][:, 1:]  # (1, {grid * grid}, {vision["width"]}): what LLaVA reads
 ```
-LLaVA-1.5's own code takes the folder as `--vision_tower ORG/NAME --mm_vision_select_layer -2 --mm_vision_select_feature
-patch`; with encoder-swap: `accelerate launch train/tune_llava.py --stage projector --encoder FOLDER ...`.
+LLaVA-1.5's own code takes the folder as
+`--vision_tower {UNNAMED} --mm_vision_select_layer -2 --mm_vision_select_feature patch`; with encoder-swap:
+`accelerate launch train/tune_llava.py --stage projector --encoder FOLDER ...`.{half}
 
 The image embedding pools {pool}.{projected}
 {open_clip if with_text else ""}"""

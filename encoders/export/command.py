@@ -8,12 +8,14 @@ processor, what makes image embeddings of its output, parity.json and a model ca
 import argparse
 import ctypes
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from encoders import manifest
 from encoders.errors import UsageError, run_command
+from encoders.publish import hub
+from encoders.publish.publishable import LICENSE_ID
 
 if TYPE_CHECKING:
     from encoders.config import PreprocessConfig, VisionConfig
@@ -44,7 +46,8 @@ def parser() -> argparse.ArgumentParser:
     push = options.add_argument_group("publishing (docs/publishing.md)")
     push.add_argument("--push-to-hub", metavar="ORG/NAME", help="publish OUT there once it is written")
     push.add_argument("--public", action="store_true", help="make a new repository public")
-    push.add_argument("--create-pr", action="store_true", help="as a pull request")
+    push.add_argument("--create-pr", action="store_true", help="as a pull request, a new one each time")
+    push.add_argument("--license", metavar="ID", help="for the card, of a source that states none: apache-2.0, ...")
     push.add_argument("--dry-run", action="store_true", help="write OUT, but only list what would be published")
     return options
 
@@ -54,6 +57,8 @@ def main() -> None:
     asked = parser().parse_args()
     if asked.push_to_hub is None and (asked.public or asked.create_pr or asked.dry_run):
         raise UsageError("--public, --create-pr and --dry-run belong to --push-to-hub ORG/NAME")
+    if asked.push_to_hub is not None:
+        hub.check_name(asked.push_to_hub)  # now, not after the export
     export(
         asked.source,
         asked.out,
@@ -63,10 +68,9 @@ def main() -> None:
         with_text=asked.with_text,
         model_name=asked.model_name,
         revision=asked.revision,
+        license=asked.license,
     )
     if asked.push_to_hub is not None:
-        from encoders.publish import hub
-
         hub.publish(asked.out, asked.push_to_hub, public=asked.public, dry_run=asked.dry_run, create_pr=asked.create_pr)
 
 
@@ -80,8 +84,9 @@ def export(
     with_text: bool = False,
     model_name: str | None = None,
     revision: str | None = None,
+    license: str | None = None,
 ) -> None:
-    """Write the image tower of `source` to `out`; all of it or nothing.
+    """Write the image tower of `source` to `out`; all of it or nothing. `license` is for a source that states none.
 
     Raises UsageError if `out` is taken or the options contradict each other, ModelError (or DataError, of a run) if the
     source is not what it claims or cannot be a CLIPVisionModel, ParityError if what was written does not compute what
@@ -89,11 +94,28 @@ def export(
     """
     if resize is not None and image_size is None:
         raise UsageError("--resize belongs to --image-size; without it the position table stays as it is")
+    if license is not None and not LICENSE_ID.fullmatch(license):
+        raise UsageError(f"--license {license!r} is none of the Hub's names (apache-2.0, mit, llama3, other, ...)")
     manifest.refuse_to_clobber(out, "encoder", overwrite)
     from encoders.sources.source import open_source
 
     # Handed over without a name here, so that `_write` can let go of it.
-    _write(open_source(str(source), model_name, revision), out, overwrite, image_size, resize or "open_clip", with_text)
+    _write(
+        _licensed(open_source(str(source), model_name, revision), license),
+        out,
+        overwrite,
+        image_size,
+        resize or "open_clip",
+        with_text,
+    )
+
+
+def _licensed(source: "Source", license: str | None) -> "Source":
+    if license is None:
+        return source
+    if (stated := source.provenance.get("license")) not in (None, "unknown"):
+        raise UsageError(f"{source.provenance['source']} states the license {stated}, which stays; leave out --license")
+    return replace(source, provenance={**source.provenance, "license": license})
 
 
 def _write(source: "Source", out: Path, overwrite: bool, image_size: int | None, resize: str, with_text: bool) -> None:

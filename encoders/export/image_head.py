@@ -16,6 +16,7 @@ from transformers import CLIPVisionModel
 from encoders.errors import ModelError
 
 FACTS_FILE, PROJECTION_FILE = "encoder.json", "image_projection.safetensors"  # the latter where there is a projection
+POOLS = (("class", False), ("mean", False), ("mean", True))  # (pool, norm_after_pool)
 PROJECTION = "visual_projection.weight"  # (E,D), CLIPModel's name for it
 
 
@@ -24,7 +25,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
     file = folder / FACTS_FILE
     try:
         facts: dict[str, Any] = json.loads(file.read_text())
-        facts["vision"]["pool"], facts["vision"]["norm_after_pool"], facts["embed_dim"]
+        pool, embed_dim = (facts["vision"]["pool"], facts["vision"]["norm_after_pool"]), facts["embed_dim"]
+        if pool not in POOLS or not isinstance(embed_dim, int | None):
+            raise ValueError(f"pool, norm_after_pool and embed_dim are {(*pool, embed_dim)}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file} does not describe an exported encoder ({error!r}); export it again") from error
     return facts

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from encoders.config import PreprocessConfig, TextConfig
+from encoders.sources.open_clip_config import TOKENIZER_BESIDE
 from encoders.text import TextTower
 from encoders.vision import VisionTower
 
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
-TOKENIZER_BESIDE = "."  # any name: open_clip reads the tokenizer that lies in a `local-dir:`
 ACT_KWARGS = {"gelu": None, "gelu_tanh": {"approximate": "tanh"}, "quick_gelu": None}
 
 Pairs = Iterator[tuple[str, Tensor]]
@@ -29,6 +29,11 @@ def why_not(tower: VisionTower, text: TextConfig) -> str | None:
         )
     if (text.activation == "quick_gelu") != (tower.config.activation == "quick_gelu"):
         return "only one of its towers has quick_gelu, which open_clip sets for both"
+    vision = tower.config
+    if int(vision.width * (vision.mlp_width / vision.width)) != vision.mlp_width:
+        return (
+            f"open_clip multiplies the width by mlp_ratio, and no such ratio makes {vision.mlp_width} of {vision.width}"
+        )
     return None
 
 

@@ -19,13 +19,12 @@ from torch.func import functional_call
 from transformers import AutoImageProcessor, CLIPVisionModel
 
 from encoders.config import PreprocessConfig, VisionConfig
-from encoders.data.transforms import eval_transform
 from encoders.errors import ParityError
-from encoders.export.fold import FOLDED
+from encoders.export.command import model_config
 from encoders.export.image_head import image_embedding
 from encoders.pretrained import load_strict
-from encoders.sources.source import Source
-from encoders.vision import ACTIVATIONS, VisionTower
+from encoders.sources.source import Source, evaluation_pixels
+from encoders.vision import VisionTower
 
 LAYERS = ("hidden_states[-2]", "last_hidden_state", "pooler_output")
 EMBEDDING = "image_embeds"  # before it is normalised
@@ -49,9 +48,10 @@ class Expected:
     """What the exported folder has to compute."""
 
     vision: VisionConfig
-    preprocess: PreprocessConfig
     picture: Tensor
     """uint8 (3,H',W'), not square."""
+    processed: Tensor
+    """(1,3,H,W), normalised: the picture as the source itself makes pixels of it."""
     pixels: Tensor
     """(B,3,H,W), normalised."""
     float32: Outputs
@@ -82,7 +82,8 @@ def expect(source: Source) -> Expected:
     """Run the source's implementation at its own resolution."""
     pixels = _pixels(source.tower, source.preprocess)
     with torch.inference_mode():
-        return _expected(source, pixels, source.reference(pixels))
+        picture = _picture(source.tower.config.image_size)
+        return _expected(source, pixels, source.reference(pixels), picture, source.reference_pixels(picture))
 
 
 def expect_resized(source: Source, image_size: int, hf: bool) -> tuple[Expected, dict[str, Any]]:
@@ -98,12 +99,17 @@ def expect_resized(source: Source, image_size: int, hf: bool) -> tuple[Expected,
         reference = source.reference(pixels)
         proof = compare(reference, tower(pixels), folded=False)
         _refuse_float32(proof, "our reading of the source, before it is resized,")
+        picture = _picture(source.tower.config.image_size)
+        ours = evaluation_pixels(source.preprocess, source.tower.config.image_size, picture)
+        _refuse_pixels(ours, source.reference_pixels(picture), "our reading of the source, before it is resized,")
         pixels = _normalised(fixed_images(image_size), source.preprocess)
         by_transformers = hf and source.tower.config.position_table == "learned"
         outputs = tower(pixels, interpolate=True) if by_transformers else {}
         source.tower.resize(image_size, "hf" if hf else "open_clip")
         outputs = outputs or tower(pixels)
-    return _expected(source, pixels, outputs), proof
+        picture = _picture(image_size)
+        processed = evaluation_pixels(source.preprocess, image_size, picture)
+    return _expected(source, pixels, outputs, picture, processed), proof
 
 
 def certify(expected: Expected, folder: Path) -> dict[str, Any]:
@@ -173,15 +179,13 @@ def compare(expected: Outputs, found: Outputs, folded: bool) -> dict[str, dict[s
     return layers
 
 
-def _expected(source: Source, pixels: Tensor, layers: Outputs) -> Expected:
+def _expected(source: Source, pixels: Tensor, layers: Outputs, picture: Tensor, processed: Tensor) -> Expected:
     rounded = {f"tower.{name}": tensor.bfloat16() for name, tensor in source.tower.state_dict().items()}
     with torch.inference_mode():
         if EMBEDDING not in layers:
             layers = layers | {EMBEDDING: source.tower.embed(layers["last_hidden_state"])}
         bfloat16 = functional_call(TowerOutputs(source.tower), rounded, (pixels.bfloat16(),))
-    size = pixels.shape[-1]
-    picture = fixed_images(2 * size, 1)[0, :, : size + size // 2]
-    return Expected(source.tower.config, source.preprocess, picture, pixels, layers, bfloat16)
+    return Expected(source.tower.config, picture, processed, pixels, layers, bfloat16)
 
 
 def _folder_outputs(folder: Path, tower: CLIPVisionModel, pixels: Tensor) -> Outputs:
@@ -192,19 +196,13 @@ def _folder_outputs(folder: Path, tower: CLIPVisionModel, pixels: Tensor) -> Out
 
 def _check_config(expected: Expected, folder: Path) -> None:
     """What outputs may hide: an epsilon of 1e-5 for 1e-6 moves those of a trained tower less than rounding does."""
-    vision, found = expected.vision, json.loads((folder / "config.json").read_text())
-    wanted = {
-        "model_type": "clip_vision_model",
-        "hidden_act": ACTIVATIONS[vision.activation],
-        "layer_norm_eps": vision.norm_eps,
-        "num_attention_heads": vision.heads,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-    }
-    wanted |= {FOLDED: True} if expected.folded else {}
-    for name, value in wanted.items():
-        if found.get(name) != value:
-            raise ParityError(f"{folder / 'config.json'}: {name} is {found.get(name)!r}, the source has {value!r}")
+    found = json.loads((folder / "config.json").read_text())
+    wanted = model_config(expected.vision, expected.float32[EMBEDDING].shape[-1], expected.folded)
+    for name in sorted(wanted.keys() | found.keys()):
+        if found.get(name) != wanted.get(name):
+            raise ParityError(
+                f"{folder / 'config.json'}: {name} is {found.get(name)!r}, of the source it is {wanted.get(name)!r}"
+            )
 
 
 def _check_keys(folder: Path) -> None:
@@ -216,16 +214,19 @@ def _check_keys(folder: Path) -> None:
 
 
 def _check_processor(expected: Expected, folder: Path) -> float:
-    """Largest difference between the folder's image processor and the source's evaluation transform."""
+    """Largest difference between the pixels of the folder's image processor and the source's own."""
     processor = AutoImageProcessor.from_pretrained(folder, backend="torchvision", local_files_only=True)
     found = processor(expected.picture, return_tensors="pt")["pixel_values"]  # (1,3,H,W)
-    resized = eval_transform(expected.picture, expected.pixels.shape[-1], expected.preprocess)
-    wanted = _normalised(resized[None], expected.preprocess)
+    return _refuse_pixels(found, expected.processed, f"{folder / 'preprocessor_config.json'}")
+
+
+def _refuse_pixels(found: Tensor, wanted: Tensor, what: str) -> float:
+    """The largest difference. Raises ParityError above the bound."""
     error = (found - wanted).abs().max().item() if found.shape == wanted.shape else float("inf")
     if not error <= MAX_PIXEL_ERROR:
         raise ParityError(
-            f"{folder / 'preprocessor_config.json'} makes pixels {tuple(found.shape)} that differ by {error:.2g} from "
-            f"the source's {tuple(wanted.shape)}; the bound is {MAX_PIXEL_ERROR}"
+            f"{what} makes pixels {tuple(found.shape)} that differ by {error:.2g} from the source's "
+            f"{tuple(wanted.shape)}; the bound is {MAX_PIXEL_ERROR}"
         )
     return error
 
@@ -241,6 +242,11 @@ def _refuse_float32(layers: Mapping[str, Mapping[str, float]], what: str) -> Non
 
 def _layers(output: Any) -> Outputs:
     return dict(zip(LAYERS, (output.hidden_states[-2], output.last_hidden_state, output.pooler_output), strict=True))
+
+
+def _picture(size: int) -> Tensor:
+    """uint8 (3,1.5*size,2*size)."""
+    return fixed_images(2 * size, 1)[0, :, : size + size // 2]
 
 
 def _pixels(tower: VisionTower, preprocess: PreprocessConfig) -> Tensor:

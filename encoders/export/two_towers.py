@@ -49,8 +49,9 @@ def refuse(source: Source) -> None:
     open_clip, which has to prove it, is not installed."""
     if source.model is None or source.tokenizer is None:
         raise ModelError(
-            "--with-text: this source has no text tower (or none, or no tokenizer, that ours can represent: see "
-            "docs/encoders.md); export it without --with-text"
+            "--with-text: this source has no text tower or no tokenizer that ours can represent: "
+            + "; ".join(source.provenance["notes"])
+            + "; export it without --with-text"
         )
     why = open_clip_export.why_not(source.tower, source.model.config.text)
     if why is not None:
@@ -81,8 +82,7 @@ def write(source: Source, expected: Expected, folder: Path) -> dict[str, Any]:
 
     rows = [tokenizer.encode(caption, text.length) for caption in CAPTIONS]
     ids = pad_texts(rows, text)  # (B,L)
-    with torch.inference_mode():
-        texts = model.text(ids, [len(row) for row in rows])
+    texts = source.reference_text(ids, [len(row) for row in rows])
     wanted = {"image": expected.float32[EMBEDDING], "text": texts}
     found = {"open_clip": _check_open_clip(folder, rows, ids, expected.pixels, wanted)}
     why = clip_model_export.why_not(tower.config, text)

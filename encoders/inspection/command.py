@@ -6,6 +6,7 @@ files. Nothing is loaded, run or guessed: what no file states is "not stated". `
 
 import argparse
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -21,6 +22,7 @@ from encoders.weights.values import is_folded, non_finite
 
 WEIGHTS = (*TRANSFORMERS_WEIGHTS, *OPEN_CLIP_WEIGHTS)
 NOT_STATED = "not stated"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,9 @@ def _print(path: Path, other: Path | None, full: bool, as_json: bool) -> None:
         shown = [asdict(each) for each in described]
         print(json.dumps(shown[0] if other is None else shown, indent=2))
     elif other is None:
-        print(table([path.name], described))
+        print(table([path.resolve().name], described))
     else:
-        print(table([path.name, other.name], described))
+        print(table([path.resolve().name, other.resolve().name], described))
     if other is not None and differences(*described):
         raise SystemExit(1)
 
@@ -93,7 +95,7 @@ def describe(path: Path, full: bool = False) -> Description:
         some = ", ".join(sorted(header.tensors)[:3])
         raise ModelError(
             f"{file} holds no ViT image tower of CLIP, open_clip or a run of ours (of {len(header.tensors)} tensors "
-            f"{some}, ...); a SigLIP, ResNet or timm tower cannot become a CLIPVisionModel"
+            f"{some}, ...); towers of other architectures (ResNet, timm, SigLIP) are not described"
         )
     stated = read_configs(path if path.is_dir() else path.parent, file)
     problems = _problems(stated, tower)
@@ -114,7 +116,7 @@ def describe(path: Path, full: bool = False) -> Description:
         position_table=_position_table(tower),
         activation=stated.activation,
         norm_eps=stated.norm_eps,
-        norm_before_blocks=_norm_before_blocks(tower),
+        norm_before_blocks=_norm_before_blocks(stated, tower),
         pooling=stated.pooling,
         key_layout=tower.layout.title,
         dtype=_dtypes(tower),
@@ -131,7 +133,12 @@ def _weights_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise ModelError(f"{path} does not exist")
+        hint = (
+            f"; for a repository on the Hub: hf download {path} --local-dir FOLDER"
+            if HUB_ID.fullmatch(str(path))
+            else ""
+        )
+        raise ModelError(f"{path} does not exist{hint}")
     found = [path / name for name in WEIGHTS if (path / name).is_file()]
     if not found:
         raise ModelError(f"{path} holds none of {', '.join(WEIGHTS)}; name the weights file itself")
@@ -143,6 +150,11 @@ def _problems(stated: Stated, tower: Tower) -> tuple[str, ...]:
     problems = [stated.refusal] if stated.refusal else []
     if tower.missing:
         problems.append(f"{len(tower.missing)} tensors are missing ({', '.join(tower.missing[:3])})")
+    if tower.misshapen:
+        others = f" and {len(tower.misshapen) - 1} more" if len(tower.misshapen) > 1 else ""
+        problems.append(f"{tower.misshapen[0]}{others}")
+    if _is_folded(stated, tower) and any(tensor.dtype == "F16" for tensor in tower.tensors.values()):
+        problems.append("it is folded and stored in float16, below whose range its patch kernel is: outputs are wrong")
     if not tower.class_token:
         problems.append("no class token, which CLIPVisionModel always has")
     for name in ("width", "layers", "patch_size", "mlp_width"):
@@ -161,8 +173,12 @@ def _problems(stated: Stated, tower: Tower) -> tuple[str, ...]:
         problems.append(
             f"the config {'needs' if stated.pre_norm else 'excludes'} a norm before the blocks, the file {there}"
         )
-    if stated.crop is not None and stated.crop != stated.image_size:
-        problems.append(f"the image processor crops to {stated.crop} px, the tower takes {stated.image_size}")
+    taken = stated.image_size or (tower.grid * tower.patch_size if tower.grid else None)
+    if stated.pictures is not None and taken is not None and stated.pictures != (taken, taken):
+        height, width = stated.pictures
+        problems.append(f"the image processor gives {height} x {width} px, the tower takes {taken} x {taken}")
+    if stated.uneven:
+        problems.append("the image processor gives pictures of any shape (no center crop), the tower takes squares")
     return tuple(problems)
 
 
@@ -173,12 +189,19 @@ def _position_table(tower: Tower) -> str:
     return f"{tower.positions} rows: {grid}"
 
 
-def _norm_before_blocks(tower: Tower) -> str:
+def _norm_before_blocks(stated: Stated, tower: Tower) -> str:
     if not tower.pre_norm:
         return "no"
+    return "folded away (never train it further; float16 fails)" if _is_folded(stated, tower) else "yes"
+
+
+def _is_folded(stated: Stated, tower: Tower) -> bool:
+    """By the config, as a float16 copy has lost the constant, or by the norm's own values."""
     name = tower.layout.names["before"]
-    folded = is_folded(tower.tensors[f"{name}.weight"], tower.tensors[f"{name}.bias"])
-    return "folded away (never train it further; float16 fails)" if folded else "yes"
+    parts = [tower.tensors.get(f"{name}.{part}") for part in ("weight", "bias")]
+    if not all(part is not None and part.shape == (tower.width,) for part in parts):
+        return False
+    return bool(stated.folded) or is_folded(*(part for part in parts if part is not None))
 
 
 def _dtypes(tower: Tower) -> str:
@@ -200,7 +223,7 @@ def differences(one: Description, other: Description) -> list[str]:
 def table(titles: Sequence[str], described: Sequence[Description]) -> str:
     """One line per field and one column per encoder; of two, lines that differ are marked."""
     differ = differences(*described) if len(described) == 2 else []
-    rows = [["", *titles]]
+    rows = [["", *map(_printable, titles)]]
     for entry in fields(Description):
         marked = ("* " if entry.name in differ else "  ") if len(described) == 2 else ""
         rows.append([marked + entry.name.replace("_", " "), *(_shown(getattr(each, entry.name)) for each in described)])
@@ -212,8 +235,15 @@ def _shown(value: Any) -> str:
     if value is None:
         return NOT_STATED
     if isinstance(value, tuple):
-        return "; ".join(str(each) for each in value) or "none found"
-    return f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else str(value)
+        return "; ".join(_printable(str(each)) for each in value) or "none found"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return f"{value:,}" if isinstance(value, int) else _printable(str(value))
+
+
+def _printable(text: str) -> str:
+    """A file's words must not steer the terminal."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Where CLIP-style image towers keep their tensors: by the names in a weights file, which layout it is and what the
 shapes alone say about the tower. No torch import.
 
-Shapes: D width, M width of the hidden layer, P patch side, R rows of the position table (class position + patches).
+Shapes: D width, 3D queries, keys and values in one, M hidden layer's width, P patch side, R rows of the position table
+(class position + patches).
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from encoders.weights.headers import TensorHeader
@@ -29,19 +30,20 @@ OPEN_CLIP = {
     "blocks": "transformer.resblocks",
     "hidden": "mlp.c_fc.weight",
 }
-ATTENTION = tuple(f"self_attn.{side}_proj" for side in ("q", "k", "v", "out"))
+Shape = tuple[str, ...]
+NORM: dict[str, Shape] = {"weight": ("D",), "bias": ("D",)}
+PROJECTION: dict[str, Shape] = {"weight": ("D", "D"), "bias": ("D",)}
+UP: dict[str, Shape] = {"weight": ("M", "D"), "bias": ("M",)}
+DOWN: dict[str, Shape] = {"weight": ("D", "M"), "bias": ("D",)}
 BLOCK = {
-    "encoder.layers": [
-        f"{name}.{part}"
-        for name in ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2", *ATTENTION)
-        for part in ("weight", "bias")
-    ],
-    "transformer.resblocks": ["attn.in_proj_weight", "attn.in_proj_bias"]
-    + [
-        f"{name}.{part}"
-        for name in ("ln_1", "ln_2", "attn.out_proj", "mlp.c_fc", "mlp.c_proj")
-        for part in ("weight", "bias")
-    ],
+    "encoder.layers": {
+        **{"layer_norm1": NORM, "layer_norm2": NORM, "mlp.fc1": UP, "mlp.fc2": DOWN},
+        **{f"self_attn.{side}_proj": PROJECTION for side in ("q", "k", "v", "out")},
+    },
+    "transformer.resblocks": {
+        **{"ln_1": NORM, "ln_2": NORM, "mlp.c_fc": UP, "mlp.c_proj": DOWN, "attn.out_proj": PROJECTION},
+        "attn": {"in_proj_weight": ("3D", "D"), "in_proj_bias": ("3D",)},
+    },
 }
 DDP = "module."
 
@@ -83,6 +85,8 @@ class Tower:
     class_token: bool
     missing: tuple[str, ...]
     """Names that a complete tower of this many layers has and the file lacks; a norm before the blocks is optional."""
+    misshapen: tuple[str, ...]
+    """What has another shape than its place in this tower needs, with both."""
 
     @property
     def grid(self) -> int | None:
@@ -98,7 +102,7 @@ def find_tower(tensors: Mapping[str, TensorHeader]) -> Tower | None:
     plain = {name.removeprefix(DDP): tensor for name, tensor in tensors.items()}
     for layout in LAYOUTS:
         kernel = plain.get(layout.prefix + layout.names["patches"])
-        if kernel is not None and len(kernel.shape) == 4:
+        if kernel is not None and len(kernel.shape) == 4 and 0 not in kernel.shape:
             return _measure(layout, plain)
     return None
 
@@ -109,26 +113,49 @@ def _measure(layout: Layout, plain: Mapping[str, TensorHeader]) -> Tower:
     blocks = re.compile(re.escape(names["blocks"]) + r"\.(\d+)\.")
     layers = len({found[1] for name in own if (found := blocks.match(name))})
     before = f"{names['before']}.weight" in own
-    expected = [
-        names["patches"],
-        names["positions"],
-        names["class"],
-        f"{names['after']}.weight",
-        f"{names['after']}.bias",
-    ]
-    expected += [f"{names['before']}.bias"] if before else []
-    expected += [f"{names['blocks']}.{n}.{part}" for n in range(layers) for part in BLOCK[names["blocks"]]]
     table, hidden = own.get(names["positions"]), own.get(f"{names['blocks']}.0.{names['hidden']}")
     kernel = own[names["patches"]].shape
+    sizes = {"D": kernel[0], "3D": 3 * kernel[0], "P": kernel[-1], "3": 3}
+    sizes |= {"M": hidden.shape[0]} if hidden and hidden.shape else {}
+    sizes |= {"R": table.shape[0]} if table and table.shape else {}
+    expected = _expected(names, layers, before)
     return Tower(
         layout=layout,
         tensors=own,
         width=kernel[0],
         patch_size=kernel[-1],
         layers=layers,
-        mlp_width=hidden.shape[0] if hidden else None,
-        positions=table.shape[0] if table and table.shape else None,
+        mlp_width=sizes.get("M"),
+        positions=sizes.get("R"),
         pre_norm=before,
         class_token=names["class"] in own,
         missing=tuple(name for name in expected if name not in own),
+        misshapen=tuple(_misshapen(own, expected, sizes)),
     )
+
+
+def _expected(names: Mapping[str, str], layers: int, before: bool) -> dict[str, Shape]:
+    """The shape of every tensor of a complete tower."""
+    expected: dict[str, Shape] = {
+        names["patches"]: ("D", "3", "P", "P"),
+        names["class"]: ("D",),
+        names["positions"]: ("R", "D"),
+    }
+    for norm in ("before", "after") if before else ("after",):
+        expected |= {f"{names[norm]}.{part}": shape for part, shape in NORM.items()}
+    for n in range(layers):
+        for module, parts in BLOCK[names["blocks"]].items():
+            expected |= {f"{names['blocks']}.{n}.{module}.{part}": shape for part, shape in parts.items()}
+    return expected
+
+
+def _misshapen(
+    own: Mapping[str, TensorHeader], expected: Mapping[str, Shape], sizes: Mapping[str, int]
+) -> Iterator[str]:
+    for name, letters in expected.items():
+        if name not in own:
+            continue
+        needed, found = [sizes.get(letter) for letter in letters], list(own[name].shape)
+        if len(found) != len(needed) or any(n is not None and n != f for n, f in zip(needed, found, strict=True)):
+            shape = ", ".join(str(size or letter) for size, letter in zip(needed, letters, strict=True))
+            yield f"{name} has the shape {found}, needed is [{shape}]"

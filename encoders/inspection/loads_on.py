@@ -22,6 +22,8 @@ def loads_on(family: str, tower: Tower, metadata: Mapping[str, str], file: Path,
     if problems:
         return "none safely: see problems"
     if family not in ("clip_vision_model", "clip"):
+        if prefix.startswith("vision_tower.") and family != "llava":
+            return f"not measured for {family}"
         if prefix == "vision_tower.vision_model.":
             return f"transformers {ALL}, as part of its LLaVA"
         if prefix == "vision_tower.":
@@ -31,6 +33,6 @@ def loads_on(family: str, tower: Tower, metadata: Mapping[str, str], file: Path,
         return (
             f"transformers >= {FLAT_SINCE}; older ones fill all of it at random, silently (keys lack `vision_model.`)"
         )
-    if file.suffix == ".safetensors" and "format" not in metadata:
+    if ".safetensors" in file.name and metadata.get("format") != "pt":
         return f"transformers >= {NO_METADATA_SINCE}; older ones stop at the missing metadata {{'format': 'pt'}}"
     return f"transformers {ALL}"

@@ -4,13 +4,13 @@ A value that a transformers config leaves out stays unstated: the class default 
 how the weights were trained. What open_clip's config leaves out are open_clip's own fixed defaults.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from encoders.config import EncoderConfig, PreprocessConfig, VisionConfig
 from encoders.errors import ModelError
+from encoders.inspection.fields import Fields
+from encoders.inspection.image_processor import Size, read_pictures
 from encoders.sources import open_clip_config
 
 TRANSFORMERS_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -37,8 +37,11 @@ class Stated:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     resize: str | None = None
-    crop: int | None = None
-    """Side of what the image processor gives; the tower needs it equal to image_size."""
+    pictures: Size | None = None
+    """What the image processor gives; the tower needs both sides to be image_size."""
+    uneven: bool = False
+    """Whether the image processor leaves pictures as wide or high as they are."""
+    folded: bool | None = None
     refusal: str | None = None
     """Why this config is none that a CLIPVisionModel can have."""
 
@@ -52,9 +55,16 @@ def read_configs(folder: Path, weights: Path) -> Stated:
     if (folder / "config.json").is_file():
         return _transformers(folder)
     if (folder / "encoder.json").is_file():
-        config = EncoderConfig.read(folder / "encoder.json")
-        return _ours(f"encoder-run ({config.objective})", config.vision, config.preprocess)
+        return _run(folder / "encoder.json")
     return Stated()
+
+
+def _run(file: Path) -> Stated:
+    try:
+        config = EncoderConfig.read(file)
+        return _ours(f"encoder-run ({config.objective})", config.vision, config.preprocess)
+    except (AttributeError, IndexError, TypeError, ArithmeticError) as error:
+        raise ModelError(f"{file} is not the config of an encoder run ({error!r})") from error
 
 
 def _ours(family: str, vision: VisionConfig, preprocess: PreprocessConfig) -> Stated:
@@ -84,75 +94,62 @@ def _pooling(pool: str, norm_after_pool: bool) -> str:
 
 
 def _open_clip(file: Path) -> Stated:
-    content = _json(file)
-    model = content.get("model_cfg", {})
+    content = Fields.read(file)
+    sections = content.section("model_cfg"), content.section("preprocess_cfg")
+    model, preprocess_cfg = (section.values if section else {} for section in sections)
+    vision_cfg, text_cfg = (Fields(file, model).section(key) for key in ("vision_cfg", "text_cfg"))
+    if vision_cfg is None or text_cfg is None:
+        raise ModelError(f"{file} describes no two towers (model_cfg.vision_cfg and text_cfg)")
     family = open_clip_config.family(model)
     title = "open_clip" if family == "open_clip" else f"open_clip ({family})"
     try:
         vision = open_clip_config.vision_config(model, str(file))
-        preprocess = open_clip_config.preprocess_config(content.get("preprocess_cfg", {}), family, str(file))
+        preprocess = open_clip_config.preprocess_config(preprocess_cfg, family, str(file))
     except ModelError as error:
         return Stated(family=title, refusal=str(error))
     return _ours(title, vision, preprocess)
 
 
 def _transformers(folder: Path) -> Stated:
-    config = _json(folder / "config.json")
-    vision = config.get("vision_config", config)
-    processor_file, ours = folder / "preprocessor_config.json", folder / "encoder.json"
-    processor = _json(processor_file) if processor_file.is_file() else {}
-    pool = _json(ours).get("vision", {}) if ours.is_file() else {}
+    config = Fields.read(folder / "config.json")
+    vision = config.section("vision_config") or config
+    pictures, family = read_pictures(folder), config.text("model_type") or "config.json without a model_type"
     return Stated(
-        family=str(config.get("model_type", "config.json without a model_type")),
-        image_size=vision.get("image_size"),
-        patch_size=vision.get("patch_size"),
-        width=vision.get("hidden_size"),
-        layers=vision.get("num_hidden_layers"),
-        heads=vision.get("num_attention_heads"),
-        mlp_width=vision.get("intermediate_size"),
-        activation=vision.get("hidden_act"),
-        norm_eps=vision.get("layer_norm_eps"),
+        family=family,
+        image_size=vision.whole("image_size"),
+        patch_size=vision.whole("patch_size"),
+        width=vision.whole("hidden_size"),
+        layers=vision.whole("num_hidden_layers"),
+        heads=vision.whole("num_attention_heads"),
+        mlp_width=vision.whole("intermediate_size"),
+        activation=vision.text("hidden_act"),
+        norm_eps=vision.number("layer_norm_eps"),
         pre_norm=True,
-        pooling=_pooling(pool["pool"], pool["norm_after_pool"]) if pool else CLASS_TOKEN,
-        mean=_floats(processor.get("image_mean")),
-        std=_floats(processor.get("image_std")),
-        resize=_resize(processor),
-        crop=_side(processor),
-        refusal=f"{folder / 'config.json'} has an auto_map: it asks for code of its own"
-        if "auto_map" in config
-        else None,
+        folded=vision.flag("folded"),
+        pooling=_transformers_pooling(folder, family),
+        mean=pictures.mean,
+        std=pictures.std,
+        resize=pictures.resize,
+        pictures=pictures.size,
+        uneven=pictures.uneven,
+        refusal=_refusal(config, vision),
     )
 
 
-def _resize(processor: dict[str, Any]) -> str | None:
-    if not processor.get("do_resize"):
+def _transformers_pooling(folder: Path, family: str) -> str | None:
+    """Of a LLaVA nothing is pooled."""
+    if family not in ("clip", "clip_vision_model"):
         return None
-    interpolation = {2: "bilinear", 3: "bicubic"}.get(processor.get("resample", -1), "filter not stated")
-    if _shortest_edge(processor):
-        return f"{interpolation}, shortest edge" + (" + center crop" if processor.get("do_center_crop") else "")
-    return f"{interpolation}, squash"
+    vision = Fields.read(folder / "encoder.json").section("vision") if (folder / "encoder.json").is_file() else None
+    if vision is None:
+        return CLASS_TOKEN
+    return _pooling(vision.text("pool") or "class", vision.flag("norm_after_pool") or False)
 
 
-def _side(processor: dict[str, Any]) -> int | None:
-    """Older processors write sizes as a number, newer ones as a dict."""
-    size = processor.get("crop_size" if _shortest_edge(processor) else "size")
-    return size.get("height") if isinstance(size, dict) else size
-
-
-def _shortest_edge(processor: dict[str, Any]) -> bool:
-    size = processor.get("size")
-    return not isinstance(size, dict) or "shortest_edge" in size
-
-
-def _floats(values: Any) -> tuple[float, ...] | None:
-    return tuple(float(value) for value in values) if values else None
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{file} holds no JSON object")
-    return content
+def _refusal(config: Fields, vision: Fields) -> str | None:
+    if any("auto_map" in each.values for each in (config, vision)):
+        return f"{config.file} has an auto_map: it asks for code of its own"
+    kind = vision.text("model_type") or ""
+    if kind.startswith("siglip"):
+        return f"{config.file} describes a SigLIP tower ({kind}), which no CLIPVisionModel can be; use it as it is"
+    return None

@@ -5,6 +5,7 @@ Encoder folders, LLaVA folders and the LoRA adapters inside those; a manifest sa
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from encoders import manifest
 from encoders.errors import ModelError, ParityError, UsageError
 from encoders.manifest import MANIFEST, FileEntry, Manifest, Parent
-from encoders.publish.private_text import private_matters
+from encoders.publish.private_text import in_json, in_text, without_paths
 from encoders.weights.headers import read_safetensors
 from encoders.weights.values import non_finite
 
@@ -24,6 +25,9 @@ ADAPTER, ADAPTER_CONFIG = "adapter", "adapter_config.json"
 HOLDS_A_RUN = ("llava",)
 """Kinds that training wrote: checkpoints and logs lie beside the artifact and stay here."""
 CARD_STATES = ("license", "library_name", "pipeline_tag")
+UNNAMED = "ORG/NAME"
+"""In the card of an encoder, the repository that it will be published as."""
+LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
 Content = Path | bytes
 
@@ -35,11 +39,13 @@ class Publishable:
     kind: str
     contents: dict[str, Content]
     """By path in the repository: a file, or its content."""
+    entries: dict[str, FileEntry]
+    """Hash and size of each."""
     left_out: tuple[str, ...]
 
 
-def check(folder: Path, instead: Mapping[str, bytes] | None = None) -> Publishable:
-    """The publishable form of the artifact in `folder`; `instead` replaces or adds files.
+def check(folder: Path, repo: str, instead: Mapping[str, bytes] | None = None) -> Publishable:
+    """The publishable form, as `repo`, of the artifact in `folder`; `instead` replaces or adds files.
 
     Raises DataError if it is no finished artifact, UsageError if it is of another kind, ParityError if an encoder's
     certificate is missing or failed, ModelError naming everything else that forbids publishing.
@@ -53,17 +59,20 @@ def check(folder: Path, instead: Mapping[str, bytes] | None = None) -> Publishab
     contents |= instead or {}
     if seal.kind == "encoder":
         check_parity(folder / PARITY)
-    own = {
-        name: seal.files[name] for name, content in contents.items() if name in seal.files and content == folder / name
-    }
-    problems += [*_changed(folder, own), *_unreadable(contents)]
+        if (folder / CARD).is_file():
+            contents[CARD] = (folder / CARD).read_bytes().replace(UNNAMED.encode(), repo.encode())
+    missing = [name for name, content in contents.items() if isinstance(content, Path) and not content.is_file()]
+    problems += [f"{name} is missing although {MANIFEST} names it; write the artifact again" for name in missing]
+    entries = {name: _entry(content) for name, content in sorted(contents.items()) if name not in missing}
+    problems += [*_changed(contents, entries, seal), *_unreadable(contents)]
     if not problems:  # only what can be read is looked into
+        contents[MANIFEST] = public_manifest(seal, entries)
+        entries[MANIFEST] = _entry(contents[MANIFEST])
         problems = [*_card_problems(contents), *_private(contents), *_broken_weights(contents)]
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise ModelError(f"{folder} was not published, nothing was sent:\n{listed}")
-    contents[MANIFEST] = public_manifest(seal, contents)
-    return Publishable(seal.kind, contents, left_out)
+    return Publishable(seal.kind, contents, entries, left_out)
 
 
 def read_seal(folder: Path) -> Manifest:
@@ -78,7 +87,7 @@ def read_seal(folder: Path) -> Manifest:
     seal = manifest.read(folder)
     if seal.kind not in ("encoder", "llava", ADAPTER):
         raise UsageError(
-            f"{folder} holds a {seal.kind!r} artifact; encoders, LLaVAs and their adapters can be published"
+            f"{folder} holds an artifact of kind {seal.kind!r}; encoders, LLaVAs and their adapters can be published"
         )
     if seal.kind == "llava":
         files = {name: entry for name, entry in seal.files.items() if not name.startswith(f"{ADAPTER}/")}
@@ -91,9 +100,10 @@ def _strangers(folder: Path, seal: Manifest) -> tuple[list[str], tuple[str, ...]
     problems, left_out = [], []
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
-        if file.is_symlink():
+        ours = name in (*seal.files, MANIFEST, CARD, *ADDED_BY_HAND)
+        if file.is_symlink() and (ours or any(inner.startswith(f"{name}/") for inner in seal.files)):
             problems.append(f"{name} is a symlink; put the file itself there")
-        elif not file.is_file() or name in seal.files or name in (MANIFEST, CARD, *ADDED_BY_HAND):
+        elif ours or not (file.is_file() or file.is_symlink()):
             continue
         elif seal.kind in HOLDS_A_RUN or name.startswith("."):
             left_out.append(name)
@@ -128,12 +138,11 @@ def _beyond_bounds(certificate: Mapping[str, Any]) -> Iterator[str]:
             yield f"{count} {what} keys"
 
 
-def _changed(folder: Path, files: Mapping[str, FileEntry]) -> Iterator[str]:
-    """A card may be edited; every other file must be the one that was made."""
-    for name, entry in files.items():
-        if not (folder / name).is_file():
-            yield f"{name} is missing although {MANIFEST} names it; write the artifact again"
-        elif name != CARD and sha256(folder / name) != entry.sha256:
+def _changed(contents: Mapping[str, Content], entries: Mapping[str, FileEntry], seal: Manifest) -> Iterator[str]:
+    """A card may be edited; every other file of the folder must be the one that was made."""
+    for name, entry in entries.items():
+        own = isinstance(contents[name], Path) and name in seal.files and name != CARD
+        if own and entry.sha256 != seal.files[name].sha256:
             yield f"{name} is not the file that {MANIFEST} describes; write the artifact again"
 
 
@@ -157,17 +166,40 @@ def _card_problems(contents: Mapping[str, Content]) -> Iterator[str]:
     for key in CARD_STATES:
         if not stated.get(key):
             yield f"{CARD} states no `{key}`; add it to the block between the two `---` lines"
+    for id in _listed(stated.get("license")):
+        if not LICENSE_ID.fullmatch(id):
+            yield f"{CARD}: license {id!r} is none of the Hub's names (apache-2.0, mit, llama3, other, ...)"
+    for key in ("base_model", "datasets"):
+        yield from (f"{CARD}: {key} {id!r} is no id on the Hub" for id in _listed(stated.get(key)) if not _is_id(id))
+
+
+def _listed(value: Any) -> list[str]:
+    return [] if value is None else [str(each) for each in (value if isinstance(value, list) else [value])]
+
+
+def _is_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _private(contents: Mapping[str, Content]) -> Iterator[str]:
     for name, content in contents.items():
         if name.endswith(".safetensors") and isinstance(content, Path):
-            text = json.dumps(read_safetensors(content).metadata, indent=0).encode()
+            matters = in_json(json.dumps(read_safetensors(content).metadata))
+        elif name.endswith(".json"):
+            matters = in_json(read(content).decode(errors="replace"))
         else:
-            text = read(content)
-        yield from (f"{name}: {matter}" for matter in private_matters(text))
-        if name.endswith(".json") and b'"auto_map"' in text:
-            yield f"{name} has an `auto_map`: who loads it would run code from the repository"
+            matters = in_text(read(content).decode(errors="replace"))
+        try:
+            yield from (f"{name}: {matter}" for matter in matters)
+        except ValueError as error:
+            yield f"{name} is not JSON ({error})"
 
 
 def _broken_weights(contents: Mapping[str, Content]) -> Iterator[str]:
@@ -177,22 +209,15 @@ def _broken_weights(contents: Mapping[str, Content]) -> Iterator[str]:
                 yield f"{name}: {count:,} values of {tensor} are not finite"
 
 
-def public_manifest(seal: Manifest, contents: Mapping[str, Content]) -> bytes:
+def public_manifest(seal: Manifest, entries: Mapping[str, FileEntry]) -> bytes:
     """The manifest as it is published: of these files, without dates, and with names in the place of paths."""
-    files = {name: FileEntry(sha256(content), size(content), 0) for name, content in sorted(contents.items())}
-    parents = {role: Parent(Path(parent.path).name, parent.fingerprint) for role, parent in seal.parents.items()}
-    public = {**vars(seal), "files": {name: asdict(entry) for name, entry in files.items()}, "created": ""}
+    parents = {
+        role: Parent(Path(without_paths(parent.path)).name, parent.fingerprint) for role, parent in seal.parents.items()
+    }
+    public = {**vars(seal), "files": {name: asdict(entry) for name, entry in entries.items()}, "created": ""}
     public |= {"parents": {role: asdict(parent) for role, parent in parents.items()}}
-    public |= {"config": _without_paths(seal.config), "metrics": _without_paths(seal.metrics)}
+    public |= {"config": without_paths(seal.config), "metrics": without_paths(seal.metrics)}
     return (json.dumps(public, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _without_paths(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_paths(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_without_paths(each) for each in value]
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
 
 
 def read(content: Content) -> bytes:
@@ -200,9 +225,9 @@ def read(content: Content) -> bytes:
     return content if isinstance(content, bytes) else content.read_bytes()
 
 
-def size(content: Content) -> int:
-    """In bytes."""
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
+def _entry(content: Content) -> FileEntry:
+    size = len(content) if isinstance(content, bytes) else content.stat().st_size
+    return FileEntry(sha256(content), size, 0)
 
 
 def sha256(content: Content) -> str:

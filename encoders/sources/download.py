@@ -3,14 +3,17 @@
 What huggingface_hub has in its cache is not fetched again, and does without a network.
 """
 
-import json
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from encoders.errors import ModelError
+from encoders.weights.headers import read_index
 
 SMALL_FILES = ("*.json", "*.txt", "README.md")
+LICENSE_FIELDS = ("license", "license_name", "license_link")
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,10 @@ class Download:
     folder: Path
     repo: str
     commit: str
-    license: str | None
+    license: dict[str, Any]
+    """`license`, `license_name` and `license_link` as its card states them; empty where it states none."""
+    notes: tuple[str, ...]
+    """What could not be read, and why."""
 
 
 def download(repo: str, revision: str | None, choose: Callable[[frozenset[str]], tuple[str, ...]] | None) -> Download:
@@ -32,6 +38,7 @@ def download(repo: str, revision: str | None, choose: Callable[[frozenset[str]],
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError, LocalEntryNotFoundError
 
+    out_of_reach: LocalEntryNotFoundError | None = None
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(SMALL_FILES)))
         commit = folder.name
@@ -42,39 +49,43 @@ def download(repo: str, revision: str | None, choose: Callable[[frozenset[str]],
                 for shard in _shards(file):
                     hf_hub_download(repo, shard, revision=commit)
                 break
-            except LocalEntryNotFoundError:
-                raise  # out of reach, which says nothing of the repository
+            except LocalEntryNotFoundError as error:
+                out_of_reach = error  # which says nothing of the repository; the next may be on this machine
             except EntryNotFoundError:
                 continue
         else:
+            if out_of_reach is not None:
+                raise out_of_reach
             if wanted:
                 raise ModelError(f"{repo} on the Hub (commit {commit}) holds none of {', '.join(wanted)}")
     except (HTTPError, HFValidationError, EntryNotFoundError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ModelError(
+                f"{repo} cannot be stored: {error}; free space, or set HF_HOME to a larger disk"
+            ) from error
         raise ModelError(
             f"{repo} is neither on this machine nor to be had from the Hub (revision {revision or 'main'}): {error}; "
             "check the path or id, the network and, for a private or gated model, your login (hf auth login)"
         ) from error
-    return Download(folder, repo, commit, _license(folder / "README.md"))
+    stated, notes = _license(folder / "README.md")
+    return Download(folder, repo, commit, stated, notes)
 
 
 def _shards(file: Path) -> list[str]:
     """The files that an index of shards names; none of any other file."""
-    if not file.name.endswith(".index.json"):
-        return []
-    try:
-        return sorted(set(json.loads(file.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{file} is not an index of shards ({error!r})") from error
+    return sorted(set(read_index(file).values())) if file.name.endswith(".index.json") else []
 
 
-def _license(card: Path) -> str | None:
-    """What the model card states, if it states one."""
+def _license(card: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What the model card states, if it states one; and a note if the card cannot be read."""
     from huggingface_hub import metadata_load
+    from yaml import YAMLError
 
     if not card.is_file():
-        return None
+        return {}, ()
     try:
-        stated = (metadata_load(card) or {}).get("license")
-    except ValueError as error:
-        raise ModelError(f"{card} has no valid metadata: {error}") from error
-    return str(stated) if stated is not None else None
+        stated = dict(metadata_load(card) or {})
+    except (OSError, ValueError, TypeError, YAMLError) as error:
+        why = str(error).splitlines()[0]
+        return {}, (f"the source's license is unknown: its {card.name} has no valid metadata ({why})",)
+    return {name: stated[name] for name in LICENSE_FIELDS if stated.get(name) is not None}, ()

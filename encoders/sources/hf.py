@@ -1,10 +1,8 @@
-"""transformers' CLIP folders (CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection) -> our towers, and
-transformers itself as the reference.
-
-Shapes: B batch, N patches, D width, E joint embedding.
-"""
+"""transformers' CLIP folders (CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection) -> our towers: configs, image
+processors, weights."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +15,11 @@ from encoders.config import PreprocessConfig, TextConfig, VisionConfig
 from encoders.errors import ModelError, UsageError
 from encoders.export import image_head
 from encoders.export.fold import FOLDED
+from encoders.pretrained import refuse_what_else_loads
+from encoders.sources.open_clip_config import three_numbers
 from encoders.sources.tower_weights import check_table
 from encoders.weights.files import Weights, inside
+from encoders.weights.values import is_folded
 
 WEIGHTS = (
     *("model.safetensors", "model.safetensors.index.json"),
@@ -36,6 +37,13 @@ REFOLD = (
     "this is a folded tower, with embeddings so tiny that its first norm does nothing; exporting or training it again "
     "would break it: name the run or the weights that it was exported from"
 )
+PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtractor")
+"""What is left unsaid has other defaults in any other."""
+RESCALE = 1 / 255
+OLD_EOS = 2
+"""As eos_token_id: wrong in OpenAI's own configs, and read by transformers as `the largest id`."""
+BESIDE = ("logit_scale", "visual_projection.weight", "position_ids")
+"""Names of tensors that stand outside the towers."""
 RESAMPLE: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
 
 
@@ -66,11 +74,12 @@ def weights_file(folder: Path) -> Path:
 def read_configs(folder: Path) -> tuple[VisionConfig, TextConfig | str]:
     """config.json as ours; for the text tower, or why there is none or ours cannot be it.
 
-    Raises ModelError for another kind of model.
+    Raises ModelError for another kind of model, or one that loads more than it holds.
     """
     from transformers import CLIPConfig, CLIPVisionConfig
 
     where, raw = folder / "config.json", read_json(folder, "config.json")
+    refuse_what_else_loads(folder, raw)
     kind = raw.get("model_type")
     if kind not in ("clip", "clip_vision_model"):
         why = INSTEAD.get(str(kind), "needed is `clip` or `clip_vision_model`")
@@ -78,11 +87,13 @@ def read_configs(folder: Path) -> tuple[VisionConfig, TextConfig | str]:
     if raw.get(FOLDED):
         raise ModelError(f"{where}: {REFOLD}")
     try:
+        if odd := [name for name in ("vision_config", "text_config") if not isinstance(raw.get(name), dict | None)]:
+            raise TypeError(f"{odd[0]} must be an object of keys and values")
         whole = CLIPConfig.from_dict(raw) if kind == "clip" else None
         vision = whole.vision_config if whole is not None else CLIPVisionConfig.from_dict(raw)
-        text = _text_config(whole.text_config, where) if whole is not None else "it is an image tower alone"
+        text = _text_config(whole.text_config) if whole is not None else "it is an image tower alone"
         return _vision_config(vision, where), text
-    except (TypeError, ValueError, UsageError) as error:  # StrictDataclass errors are ValueErrors
+    except (TypeError, ValueError, AttributeError, UsageError) as error:  # StrictDataclass errors are ValueErrors
         raise ModelError(f"{where}: {error}") from error
 
 
@@ -95,15 +106,38 @@ def read_vision(weights: Weights, config: VisionConfig) -> dict[str, Tensor]:
     table = f"{prefix}embeddings.position_embedding.weight"
     check_table(weights.shape(table), config, weights.file)
     parts = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
-    names = [name for name in weights if name.startswith(tuple(prefix + part for part in parts))]
+    names = [name for name in weights if name.startswith(prefix) and not (prefix == "" and name in BESIDE)]
     kept = [name for name in names if not name.endswith("position_ids")]
+    if odd := [name for name in kept if not name.startswith(tuple(prefix + part for part in parts))]:
+        raise ModelError(
+            f"{weights.file} holds {len(odd)} tensors of the image tower that CLIPVisionModel does not have "
+            f"({', '.join(odd[:3])}); what it computes with them cannot be told"
+        )
     state = {f"model.{name.removeprefix(prefix)}": weights.tensor(name) for name in kept}
-    norm = state.get("model.pre_layrnorm.weight")
-    if norm is not None and _is_folded(norm, state["model.pre_layrnorm.bias"]):
+    norm = [weights.headers.get(f"{prefix}pre_layrnorm.{kind}") for kind in ("weight", "bias")]
+    if norm[0] is not None and norm[1] is not None and is_folded(norm[0], norm[1]):
         raise ModelError(f"{weights.file}: {REFOLD}")
     if "visual_projection.weight" in weights:
         state["projection.weight"] = weights.tensor("visual_projection.weight")
     return state
+
+
+def left_out(weights: Weights) -> list[str]:
+    """Tensors that belong to neither tower: heads of an objective."""
+    known = ("vision_model.", "text_model.", "text_projection.", *BESIDE)
+    whole = any(name.startswith("vision_model.") for name in weights)
+    return [name for name in weights if not name.startswith(known)] if whole else []
+
+
+def text_end(folder: Path) -> int | None:
+    """The id at which transformers pools a text; None if that is the largest one, or there is no text tower."""
+    from transformers import CLIPConfig
+
+    raw = read_json(folder, "config.json")
+    if raw["model_type"] != "clip":
+        return None
+    text: Any = CLIPConfig.from_dict(raw).text_config
+    return None if text.eos_token_id == OLD_EOS else text.eos_token_id
 
 
 def read_text(weights: Weights, config: TextConfig) -> dict[str, Tensor] | str:
@@ -128,11 +162,14 @@ def read_preprocess(folder: Path, image_size: int) -> PreprocessConfig:
     elif inside(folder, "processor_config.json").is_file():
         where = folder / "processor_config.json"
         raw = read_json(folder, "processor_config.json").get("image_processor", {})
+        if not isinstance(raw, dict):
+            raise ModelError(f"{where}: image_processor is {raw!r}, needed is an object of keys and values")
     else:
         raise ModelError(f"{folder} has no preprocessor_config.json, so its mean and std are unknown; put it there")
+    _refuse_other_processors(raw, where)
     off = [key for key in ("do_resize", "do_rescale", "do_normalize") if not raw.get(key, True)]
     mean, std, resample = raw.get("image_mean", []), raw.get("image_std", []), raw.get("resample", 3)
-    if off or resample not in RESAMPLE or not all(isinstance(v, list) and len(v) == 3 for v in (mean, std)):
+    if off or resample not in list(RESAMPLE) or not (three_numbers(mean) and three_numbers(std)):
         raise ModelError(
             f"{where}: needed are resizing, rescaling and normalising with three means and standard deviations, "
             f"bilinear or bicubic; found {', '.join(off) or 'nothing'} switched off, resample {resample}, mean {mean}, "
@@ -163,31 +200,18 @@ def exported_head(
     return {**state, "projection.weight": projection}, config
 
 
-def reference(folder: Path, has_projection: bool, pixels: Tensor) -> dict[str, Tensor]:
-    """The image tower's outputs for normalised pixels (B,3,H,W), by transformers from the folder itself."""
-    from transformers import CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
-
-    model_class: Any = CLIPVisionModelWithProjection if has_projection else CLIPVisionModel
-    if read_json(folder, "config.json")["model_type"] == "clip" and has_projection:
-        model_class = CLIPModel
-    model, info = model_class.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
-    )
-    if lost := sorted(name for name in info["missing_keys"] if not name.startswith(("text_", "logit_scale"))):
-        raise ModelError(f"{folder}: transformers misses {', '.join(lost[:3])} in the weights")
-    tower = model.vision_model if has_projection else model
-    with torch.inference_mode():
-        output = tower.eval()(pixel_values=pixels, output_hidden_states=True)
-        outputs = {
-            "hidden_states[-2]": output.hidden_states[-2],
-            "last_hidden_state": output.last_hidden_state,
-            "pooler_output": output.pooler_output,
-        }
-        if has_projection:
-            outputs["image_embeds"] = model.visual_projection(output.pooler_output)
-        elif inside(folder, image_head.FACTS_FILE).is_file():
-            outputs["image_embeds"] = image_head.image_embedding(folder, model, output)
-        return outputs
+def _refuse_other_processors(raw: Mapping[str, Any], where: Path) -> None:
+    kinds = [raw[key] for key in ("image_processor_type", "feature_extractor_type") if raw.get(key) is not None]
+    if odd := [kind for kind in kinds if kind not in PROCESSORS]:
+        raise ModelError(
+            f"{where}: image_processor_type is {odd[0]!r}, needed is CLIPImageProcessor: what this file leaves out has "
+            "other defaults there; state size, crop_size, resample, image_mean and image_std for a CLIPImageProcessor"
+        )
+    factor = raw.get("rescale_factor", RESCALE)
+    if not (isinstance(factor, int | float) and math.isclose(factor, RESCALE, rel_tol=1e-6)):
+        raise ModelError(f"{where}: rescale_factor is {factor}, needed is 1/255: towers here take pixels from 0 to 1")
+    if raw.get("do_pad"):
+        raise ModelError(f"{where}: do_pad is on, and pictures are never padded here")
 
 
 def _resize(raw: Mapping[str, Any], image_size: int, where: Path) -> Literal["crop", "squash"]:
@@ -212,6 +236,8 @@ def _asks_for_code(content: Any) -> bool:
 def _vision_config(config: Any, where: Path) -> VisionConfig:
     if config.num_channels != 3:
         raise ModelError(f"{where}: num_channels is {config.num_channels}, pictures here have 3")
+    if config.hidden_act not in ACTIVATIONS:
+        raise ModelError(f"{where}: hidden_act {config.hidden_act!r} is none of {', '.join(ACTIVATIONS)}")
     return VisionConfig(
         image_size=config.image_size,
         patch_size=config.patch_size,
@@ -219,35 +245,29 @@ def _vision_config(config: Any, where: Path) -> VisionConfig:
         layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
         mlp_width=config.intermediate_size,
-        activation=_activation(config, where),
+        activation=ACTIVATIONS[config.hidden_act],
         norm_eps=config.layer_norm_eps,
     )
 
 
-def _text_config(config: Any, where: Path) -> TextConfig | str:
+def _text_config(config: Any) -> TextConfig | str:
+    if config.hidden_act not in ACTIVATIONS:
+        return f"its hidden_act {config.hidden_act!r} is none of {', '.join(ACTIVATIONS)}"
     if config.intermediate_size != 4 * config.hidden_size:
         return "its MLP is not four times as wide"
-    return TextConfig(
-        kind="clip",
-        vocab_size=config.vocab_size,
-        length=config.max_position_embeddings,
-        width=config.hidden_size,
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        activation=_activation(config, where),
-        norm_eps=config.layer_norm_eps,
-    )
-
-
-def _activation(config: Any, where: Path) -> Literal["gelu", "gelu_tanh", "quick_gelu"]:
-    if config.hidden_act not in ACTIVATIONS:
-        raise ModelError(f"{where}: hidden_act {config.hidden_act!r} is none of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[config.hidden_act]
-
-
-def _is_folded(weight: Tensor, bias: Tensor) -> bool:
-    """export-encoder's stand-in for a missing norm: one large factor for every channel, and no shift."""
-    return bool((weight == weight[0]).all() and weight[0] > 100 and not bias.any())
+    try:
+        return TextConfig(
+            kind="clip",
+            vocab_size=config.vocab_size,
+            length=config.max_position_embeddings,
+            width=config.hidden_size,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            activation=ACTIVATIONS[config.hidden_act],
+            norm_eps=config.layer_norm_eps,
+        )
+    except (UsageError, ZeroDivisionError) as error:
+        return str(error)
 
 
 def _text_names(layers: int) -> Iterator[tuple[str, list[str]]]:

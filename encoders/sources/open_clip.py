@@ -9,7 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torchvision.transforms.v2.functional as TF
 from torch import Tensor
+from torchvision.transforms import CenterCrop, Resize
 
 from encoders.config import TextConfig, VisionConfig
 from encoders.errors import ModelError, UsageError
@@ -104,7 +106,7 @@ def reference(weights: Weights, model_cfg: Mapping[str, Any], pixels: Tensor) ->
     with torch.device("meta"):  # its weights come next
         model = open_clip_class("CLIP")(
             embed_dim=model_cfg["embed_dim"],
-            vision_cfg=dict(model_cfg["vision_cfg"]),
+            vision_cfg=dict(model_cfg.get("vision_cfg", {})),
             text_cfg={"layers": 1, "width": 64, "heads": 1, "vocab_size": 1, "context_length": 1},  # not looked at
             quick_gelu=model_cfg.get("quick_gelu", False),
         )
@@ -124,6 +126,50 @@ def reference(weights: Weights, model_cfg: Mapping[str, Any], pixels: Tensor) ->
             "pooler_output": visual.ln_post(last[:, 0]),
             "image_embeds": output["image_features"],
         }
+
+
+def reference_text(weights: Weights, model_cfg: Mapping[str, Any], ids: Tensor) -> Tensor:
+    """The text tower's embeddings (B,E), not normalised, of ids (B,L), by open_clip with its own weights.
+
+    Raises UsageError if open_clip is not installed.
+    """
+    with torch.device("meta"):  # its weights come next
+        text = open_clip_class("CustomTextCLIP")(
+            embed_dim=model_cfg["embed_dim"],
+            vision_cfg={"layers": 1, "width": 64, "image_size": 32, "patch_size": 32},  # not looked at
+            text_cfg=dict(model_cfg.get("text_cfg", {})),
+            quick_gelu=model_cfg.get("quick_gelu", False),
+        ).text.eval()
+    if text.attn_mask is not None:
+        text.attn_mask = text.build_causal_mask()  # no weight, so no file holds it
+    prefix = "text." if "text.token_embedding.weight" in weights else ""
+    text.load_state_dict({name: weights.tensor(prefix + name) for name in text.state_dict()}, assign=True)
+    weights.release()
+    with torch.inference_mode():
+        embeddings: Tensor = text(ids)
+        return embeddings
+
+
+def reference_pixels(preprocess_cfg: Mapping[str, Any], image_size: int, picture: Tensor) -> Tensor:
+    """A uint8 picture (3,H,W) -> normalised pixels (1,3,S,S): open_clip's own evaluation transform, whose steps are
+    taken on a tensor, as Pillow rounds otherwise.
+
+    Raises UsageError if open_clip is not installed, ModelError if the transform has a step that is not known here.
+    """
+    transform = open_clip_class("transform")
+    stated = transform.merge_preprocess_dict(transform.PreprocessCfg(), dict(preprocess_cfg)) | {"size": image_size}
+    steps = transform.image_transform_v2(transform.PreprocessCfg(**stated), is_train=False).transforms
+    *resizing, _, _, normalise = steps  # between them it converts Pillow's pictures
+    for step in resizing:
+        if isinstance(step, Resize):
+            sides = [step.size] if isinstance(step.size, int) else list(step.size)
+            picture = TF.resize(picture, sides, interpolation=step.interpolation, antialias=True)
+        elif isinstance(step, CenterCrop):
+            picture = TF.center_crop(picture, list(step.size))
+        else:
+            raise ModelError(f"open_clip makes its pictures by {step}, which CLIPImageProcessor cannot do")
+    pixels: Tensor = normalise(picture[None].float() / 255)
+    return pixels
 
 
 def named_config(model_name: str) -> tuple[dict[str, Any], Mapping[str, Any]]:

@@ -17,7 +17,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 from encoders.errors import ModelError
 
-MAX_HEADER = 100 * 2**20  # safetensors' own bound
+MAX_HEADER = 10 * 2**20  # the largest CLIP needs 100 kB; a hostile one of 100 MB would cost gigabytes
+LFS = b"version https://git-lfs"
+SHARDS = (".safetensors", ".bin")
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 STORAGES = {
     "DoubleStorage": "F64",
@@ -55,6 +57,7 @@ class Header:
 
     tensors: dict[str, TensorHeader]
     metadata: dict[str, str]
+    """Of several shards, what all of them say alike."""
 
 
 def read_header(file: Path) -> Header:
@@ -67,8 +70,10 @@ def read_header(file: Path) -> Header:
     if file.name.endswith(".index.json"):
         return _read_shards(file)
     with file.open("rb") as stream:
-        magic = stream.read(4)
-    if magic == b"PK\3\4":
+        magic = stream.read(len(LFS))
+    if magic == LFS:
+        raise ModelError(f"{file} is a pointer of Git LFS, not the weights; run `git lfs pull` beside it")
+    if magic.startswith(b"PK\3\4"):
         return _read_archive(file)
     if file.suffix == ".safetensors":
         return read_safetensors(file)
@@ -89,9 +94,9 @@ def read_safetensors(file: Path) -> Header:
         raw = stream.read(length)
     try:
         content = json.loads(raw)
-        metadata = content.pop("__metadata__", {})
+        metadata = _strings(content.pop("__metadata__", {}))
         tensors = {name: _tensor(file, 8 + length, **entry) for name, entry in content.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ModelError(f"{file} has a damaged header ({error!r}); fetch or write it again") from error
     for name, tensor in tensors.items():
         _refuse_impossible(name, tensor, total)
@@ -102,7 +107,7 @@ def read_safetensors(file: Path) -> Header:
 
 def _refuse_impossible(name: str, tensor: TensorHeader, total: int) -> None:
     numbers = (*tensor.shape, tensor.start, tensor.size)
-    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
         raise ModelError(f"{tensor.file}: {name} has an impossible shape or place: {numbers}")
     if tensor.start + tensor.size > total:
         raise ModelError(f"{tensor.file} is cut short: {name} ends past its {total} bytes; fetch or write it again")
@@ -110,27 +115,42 @@ def _refuse_impossible(name: str, tensor: TensorHeader, total: int) -> None:
 
 def _tensor(file: Path, base: int, dtype: str, shape: list[int], data_offsets: list[int]) -> TensorHeader:
     first, last = data_offsets
+    if not isinstance(dtype, str):
+        raise TypeError(f"dtype {dtype!r}")
     return TensorHeader(dtype, tuple(shape), file, base + first, last - first)
 
 
-def _read_shards(index: Path) -> Header:
+def _strings(metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise TypeError(f"__metadata__ {metadata!r:.80} is no table of strings")
+    return metadata
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Tensor -> shard of an index. Raises ModelError if it is none, or names what is no weights beside it."""
     try:
-        placed = json.loads(index.read_text())["weight_map"]
-        files = sorted(set(placed.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        placed: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        shards = set(placed.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{index} is not an index of shards ({error!r})") from error
+    for name in shards:
+        if not (isinstance(name, str) and Path(name).name == name and name.endswith(SHARDS)):
+            raise ModelError(f"{index} names {name!r}, which is not a file of weights beside it")
+    return placed
+
+
+def _read_shards(index: Path) -> Header:
+    placed = read_index(index)
     tensors: dict[str, TensorHeader] = {}
-    metadata: dict[str, str] = {}
-    for name in files:
-        if Path(name).name != name:
-            raise ModelError(f"{index} names {name!r}, which is not a file beside it")
+    said: list[set[tuple[str, str]]] = []
+    for name in sorted(set(placed.values())):
         shard = read_header(index.parent / name)
         tensors |= shard.tensors
-        metadata |= shard.metadata
+        said.append(set(shard.metadata.items()))
     if tensors.keys() != placed.keys():
         odd = sorted(tensors.keys() ^ placed.keys())
         raise ModelError(f"{index} and its shards disagree about {len(odd)} tensors ({', '.join(odd[:3])})")
-    return Header(tensors, metadata)
+    return Header(tensors, dict(set.intersection(*said)) if said else {})
 
 
 class _Storage(NamedTuple):
@@ -207,6 +227,8 @@ def _state_dict(content: Any) -> dict[str, _Tensor]:
 
 def _place(file: Path, stream: BinaryIO, entries: Mapping[str, zipfile.ZipInfo], tensor: _Tensor) -> TensorHeader:
     entry = entries[f"data/{tensor.storage.key}"]
+    if entry.file_size % BYTES[tensor.storage.dtype]:
+        raise ValueError(f"{entry.file_size} bytes of {tensor.storage.dtype}")
     return TensorHeader(tensor.storage.dtype, tensor.shape, file, _data_start(stream, entry), entry.file_size)
 
 

@@ -55,8 +55,7 @@ def is_folded(weight: TensorHeader, bias: TensorHeader) -> bool:
     """Whether a norm (weight (D,), bias (D,)) is no trained one but the large constant that stands for its absence
     (encoders/export/fold.py): one power of two above 1, without bias."""
     weights, biases = set(_values(weight)), set(_values(bias))
-    constant = max(weights)
-    return len(weights) == 1 and biases == {0.0} and constant > 1 and math.frexp(constant)[0] == 0.5
+    return len(weights) == 1 and biases == {0.0} and max(weights) > 1 and math.frexp(max(weights))[0] == 0.5
 
 
 def _values(tensor: TensorHeader) -> list[float]:

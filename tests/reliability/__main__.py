@@ -9,6 +9,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +36,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "reliability.md")
+    parser.add_argument("--no-suites", action="store_true", help="kills only")
     options = parser.parse_args()
     began = time.monotonic()
     done: list[Trial] = []
@@ -41,21 +44,22 @@ def main() -> None:
         for trial in trials(Path(work), options.kills, options.seed):
             done.append(trial)
             print(len(done), trial, flush=True)
-    suites = {name: _suite(name) for name in TESTS}
+    suites = {} if options.no_suites else {name: _suite(name) for name in TESTS}
     options.out.write_text(_page(options.kills, options.seed, done, suites, time.monotonic() - began))
     print(f"wrote {options.out}")
-    sys.exit(not all(trial.identical for trial in done) or any(" failed" in said for said in suites.values()))
+    aimed = sum(trial.in_save for trial in done) >= 0.4 * options.kills  # too few kills hit a save, else
+    sys.exit(not (all(trial.identical for trial in done) and aimed and all(passed for passed, _ in suites.values())))
 
 
-def _suite(name: str) -> str:
-    """The last line of a test file's long run."""
+def _suite(name: str) -> tuple[bool, str]:
+    """Whether a test file's long run passed, and its last line."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", f"tests/test_{name}.py"]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(finished.stdout[-2000:], flush=True)
-    return finished.stdout.strip().splitlines()[-1].strip("= ")
+    return finished.returncode == 0, finished.stdout.strip().splitlines()[-1].strip("= ")
 
 
-def _page(kills: int, seed: int, done: list[Trial], suites: dict[str, str], seconds: float) -> str:
+def _page(kills: int, seed: int, done: list[Trial], suites: dict[str, tuple[bool, str]], seconds: float) -> str:
     good, inside = sum(trial.identical for trial in done), sum(trial.in_save for trial in done)
     tried = Counter((trial.case.stage, trial.case.ranks, trial.case.workers, trial.identical) for trial in done)
     rows = [
@@ -63,12 +67,13 @@ def _page(kills: int, seed: int, done: list[Trial], suites: dict[str, str], seco
         f"{tried[stage, ranks, workers, True] + tried[stage, ranks, workers, False]} |"
         for stage, ranks, workers in sorted({key[:3] for key in tried})
     ]
-    tests = [f"| `tests/test_{name}.py` | {what} | {suites[name]} |" for name, what in TESTS.items()]
+    tests = [f"| `tests/test_{name}.py` | {what} | {suites[name][1]} |" for name, what in TESTS.items() if suites]
     return "\n".join(
         [
             "# What a run survives",
             "",
-            f"Written by `python tests/reliability --kills {kills} --seed {seed}` in {seconds / 60:.0f} minutes.",
+            f"Written on {date.today()} by `python tests/reliability --kills {kills} --seed {seed}` in "
+            f"{seconds / 60:.0f} minutes, with torch {version('torch')} and accelerate {version('accelerate')}.",
             "",
             f"**{good} of {len(done)}** runs that were killed (SIGKILL to all of their processes, at a random moment)",
             "went on with plain `--resume` to the weights, the optimizer state, the sample ledger and the losses of",

@@ -1,0 +1,31 @@
+"""Encoder configs check themselves: sizes that make no tower are refused where they are stated."""
+
+from typing import Any
+
+import pytest
+
+from encoders.config import VisionConfig
+from encoders.errors import UsageError
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no picture": ({"image_size": 0}, r"image_size 0 has no room for a patch of 16"),
+    "negative picture": ({"image_size": -16}, r"image_size -16 has no room"),
+    "picture below a patch": ({"image_size": 8}, r"image_size 8 has no room"),
+    "no multiple": ({"image_size": 230}, r"the nearest sizes are 224 and 240"),
+    "no patch": ({"patch_size": 0}, r"vision\.patch_size is 0"),
+    "no layer": ({"layers": 0}, r"vision\.layers is 0"),
+    "no head": ({"heads": 0}, r"vision\.heads is 0"),
+    "no epsilon": ({"norm_eps": 0.0}, r"norm_eps 0\.0 must be above 0"),
+    "epsilon that is no number": ({"norm_eps": float("nan")}, r"norm_eps nan must be above 0"),
+    "heads that do not divide": ({"heads": 7}, r"width 768 is not a multiple of vision\.heads 7"),
+    "odd width of a fixed table": ({"width": 6, "heads": 3, "position_table": "sincos2d"}, "multiple of 4"),
+    "norm of a class token": ({"norm_after_pool": True}, "belongs to pool: mean"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_image_towers_that_cannot_be_are_refused(name: str) -> None:
+    VisionConfig()
+    given, reason = REFUSED[name]
+    with pytest.raises(UsageError, match=reason):
+        VisionConfig(**given)
