@@ -21,6 +21,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from pair_shards import add, sample
+from PIL import Image
 from test_encoders_data import CONFIG, texts, tokenizer
 
 from encoders.data import tables
@@ -139,12 +140,10 @@ def written(name: str, folder: Path, content: list[Row]) -> TrainingPairs:
 
 
 def digest(data: TrainingPairs) -> tuple[str, list[str]]:
-    """sha256 of an epoch's tensors step by step, and the keys so. Within a step, whose order follows the shards and so
-    the format, they are sorted."""
+    """sha256 of an epoch's tensors, and the keys, in the order in which they are trained on."""
     found, keys = hashlib.sha256(), []
     for items in StepOrder(data.samples.sizes, 50, len(data) // 50, 0, rank=0, world=1):
-        examples = sorted((data[item] for item in items), key=lambda example: example["sample_id"])
-        batch = collate(examples, CONFIG)
+        batch = collate([data[item] for item in items], CONFIG)
         assert not batch["bad"]
         for name in ("images", "web_ids", "piece_ids", "targets"):
             found.update(batch[name].numpy().tobytes())
@@ -169,11 +168,20 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
+def picture(kind: str, width: int, height: int) -> bytes:
+    stream = io.BytesIO()
+    Image.effect_noise((width, height), 50).save(stream, kind)
+    return stream.getvalue()
+
+
 FAULTS: dict[str, tuple[str, Any, str]] = {
     "garbage": ("image", b"no picture at all", "undecodable image"),
     "truncated": ("image", sample(0, 40)["image"][:300], "undecodable image"),
     "bomb": ("image", bomb(), "oversized image"),
     "empty image": ("image", b"", "no image"),
+    "cut png": ("image", picture("PNG", 40, 40)[:-40], "undecodable image"),
+    "gif": ("image", picture("GIF", 40, 40), "undecodable image"),
+    "sliver": ("image", picture("PNG", 300, 1), "oversized image"),
     "empty web": ("web", "", "no web caption"),
     "blank short": ("short", " \t", "no short caption"),
     "empty long": ("long", "", "no long caption"),
@@ -200,6 +208,7 @@ def test_reported_faults_are_the_injected_ones(name: str, share: float, tmp_path
     assert {report["key"]: report["reason"] for report in bad} == injected
     assert len(bad) == len(injected)
     assert seen == 200
+    assert len(FAULTS) == 10
     again = data[0, bad[0]["id"]]["bad"] if bad else []
     assert again == bad[:1]  # the spare is a function of seed, epoch and id
 

@@ -77,7 +77,7 @@ class StepOrder(Sampler[list[tuple[int, int]]]):
             )
         self.global_batch, self.steps, self.seed = global_batch, steps, seed
         self.rank, self.world, self.micro_batches = rank, world, micro_batches
-        self.start, self.ahead = 0, ahead
+        self.start, self.ahead, self.window = 0, ahead, window
         self._shards = _Shards(sizes, seed, window)
 
     def __len__(self) -> int:
@@ -95,9 +95,12 @@ class StepOrder(Sampler[list[tuple[int, int]]]):
                 yield list(zip(epochs[micro].tolist(), ids[micro].tolist(), strict=True))
 
     def global_ids(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """(epochs, sample ids) of a step's global batch, int64 (B,) each: neighbours in it lie in the same shard."""
+        """(epochs, sample ids) of a step's global batch, int64 (B,) each: neighbours in it lie in the same shard,
+        unless all shards are in use at a time anyway."""
         first = step * self.global_batch
         epochs, ids = self._shards.take(first, first + self.global_batch)
+        if self.samples <= self.window:
+            return epochs, ids
         grouped = np.argsort(self._shards.shard_of(ids), kind="stable")
         return epochs[grouped], ids[grouped]
 
