@@ -1,72 +1,168 @@
-"""Uncertainty of a paired difference when questions come in clusters: all questions about one picture stand or fall
-together, so whole pictures are resampled. Works on statistics that are functions of row weights, many draws at once.
+"""Uncertainty of a paired difference between two arms: which pictures were asked about, and the luck of training.
+
+All questions about one picture stand or fall together, so whole pictures are resampled, within strata; the runs of all
+arms share each draw. Where an arm has several seeds, what they differ by beyond that is the luck of training.
+Works on statistics that are functions of row weights, many draws at once. W draws, n rows, C pictures, R runs.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-Statistic = Callable[[Floats], Floats]  # weights (draws, n) -> (draws,)
+Statistic = Callable[[Floats], Floats]  # weights (W, n) -> values (R, W)
 
 CHUNK = 2**19  # weights held at once: 4 MiB, about a core's cache
+FEW_PICTURES = 50
+MOST_FREEDOM = 10_000  # above it, Student's t is the normal distribution
+
+
+@dataclass(frozen=True)
+class Design:
+    """Which picture each row is about, and which stratum each picture belongs to."""
+
+    pictures: NDArray[np.int64]  # (n,) 0..C-1
+    strata: NDArray[np.int64]  # (C,) 0..S-1
+
+    @classmethod
+    def of(cls, pictures: Sequence[str], categories: Sequence[str]) -> "Design":
+        """Pictures of categories that share no picture are strata: a new set would have as many of each."""
+        _, cluster = np.unique(np.array(pictures, dtype=np.str_), return_inverse=True)
+        parent = {category: category for category in categories}
+
+        def root(category: str) -> str:
+            while parent[category] != category:
+                category = parent[category]
+            return category
+
+        seen: dict[int, str] = {}
+        for at, category in set(zip(cluster.tolist(), categories, strict=True)):
+            parent[root(category)] = root(seen.setdefault(at, category))
+        _, stratum = np.unique([root(seen[at]) for at in range(int(cluster.max()) + 1)], return_inverse=True)
+        return cls(cluster.reshape(-1), _without_singles(stratum.reshape(-1)))
+
+    @property
+    def count(self) -> int:
+        """Number of pictures."""
+        return len(self.strata)
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom of a variance over the pictures: pictures less strata."""
+        return self.count - (int(self.strata.max()) + 1)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One statistic of one arm: its score with each of k seeds, and their values under the draws of pictures."""
+
+    scores: Floats  # (k,)
+    values: Floats  # (k, W)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A run minus the baseline, with its 95 % interval (None where all questions are about one picture).
+    """An arm minus the baseline with its 95 % interval; low, high, error, detectable are None for a single picture.
 
-    `detectable` is the true difference that a comparison of this size finds four times in five.
+    `error` is the standard error, `luck` the part of it that the luck of training has (None: one seed an arm, so it is
+    not covered). `detectable` is the true difference that a comparison of this size finds four times in five (also
+    None if no answer differs).
     """
 
     value: float
     low: float | None
     high: float | None
+    error: float | None
+    luck: float | None
     detectable: float | None
-    verdict: str  # better | worse | differs | within noise
+    verdict: str  # better | worse | differs | within noise | few images
 
 
-def bootstrap(statistics: Sequence[Statistic], clusters: NDArray[np.int64], draws: int, seed: int) -> Floats:
-    """Values (statistics, draws) under resampling of clusters with replacement; all statistics share each draw.
+def bootstrap(statistics: Sequence[Statistic], design: Design, draws: int, seed: int) -> list[Floats]:
+    """Values (R, draws) of each statistic under resampling of pictures; all statistics share each draw."""
+    parts: list[list[Floats]] = [[] for _ in statistics]
+    for weights in picture_weights(design, draws, seed):
+        for part, statistic in zip(parts, statistics, strict=True):
+            part.append(statistic(weights))
+    return [np.concatenate(part, axis=1) for part in parts]
 
-    clusters (n,): the cluster 0..C-1 of each row, for benchmarks its picture.
+
+def picture_weights(design: Design, draws: int, seed: int) -> Iterator[Floats]:
+    """Chunks (w, n) of row weights: in each stratum of n pictures, n are drawn with replacement.
+
+    A picture drawn t times weighs 1 + sqrt(n / (n-1)) (t - 1): this rescales each stratum's deviations, which
+    resampling n pictures understates by that factor (Rao and Wu 1988).
     """
-    values = np.empty((len(statistics), draws))
-    done = 0
-    for weights in cluster_weights(clusters, draws, seed):
-        for row, statistic in zip(values, statistics, strict=True):
-            row[done : done + len(weights)] = statistic(weights)
-        done += len(weights)
-    return values
-
-
-def cluster_weights(clusters: NDArray[np.int64], draws: int, seed: int) -> Iterator[Floats]:
-    """Chunks (c, n) of row weights: how often each row's cluster was drawn, C draws out of C with replacement."""
     rng = np.random.default_rng(seed)
-    count = int(clusters.max()) + 1
-    step = max(1, CHUNK // len(clusters))
+    members = [np.flatnonzero(design.strata == stratum) for stratum in range(int(design.strata.max()) + 1)]
+    step = max(1, CHUNK // len(design.pictures))
     for start in range(0, draws, step):
         size = min(step, draws - start)
-        drawn = rng.integers(count, size=(size, count))  # (c, C)
-        drawn += count * np.arange(size)[:, None]  # one histogram per draw
-        times = np.bincount(drawn.reshape(-1), minlength=size * count).reshape(size, count)  # (c, C)
-        yield times.astype(np.float64)[:, clusters]  # (c, n)
+        weights = np.empty((size, design.count))  # (w, C)
+        for pictures in members:
+            count = len(pictures)
+            drawn = rng.integers(count, size=(size, count))
+            drawn += count * np.arange(size)[:, None]  # one histogram per draw
+            times = np.bincount(drawn.reshape(-1), minlength=size * count).reshape(size, count)
+            weights[:, pictures] = 1 + math.sqrt(count / max(1, count - 1)) * (times - 1)
+        yield weights[:, design.pictures]  # (w, n)
 
 
-def difference(value: float, draws: Floats, clusters: int, undirected: bool = False) -> Difference:
-    """The 95 % percentile interval of a paired difference with bootstrap values `draws`, and what to call it.
+def difference(base: Sample, other: Sample, design: Design, undirected: bool = False) -> Difference:
+    """The paired difference of two arms, its interval (Student's t x the standard error) and what to call it.
 
-    The spread is widened by sqrt(C / (C-1)): resampling C clusters understates their deviation by that factor.
+    Seeds are few, so their share of the variance is estimated rather than resampled: what the seeds of an arm differ
+    by, less what the choice of pictures alone makes them differ by. The degrees of freedom are Welch-Satterthwaite's.
     """
-    if clusters < 2:
-        return Difference(value, None, None, None, "within noise")
-    spread = (draws - value) * math.sqrt(clusters / (clusters - 1))
-    low, high = (value + float(edge) for edge in np.quantile(spread, [0.025, 0.975]))
-    verdict = "within noise"
-    if low > 0 or high < 0:
-        verdict = "differs" if undirected else "better" if low > 0 else "worse"
-    # 1.96 + 0.84 standard errors: a two-sided test at 5 % with 80 % power
-    return Difference(value, low, high, 2.8 * float(spread.std()), verdict)
+    value = float(other.scores.mean() - base.scores.mean())
+    if design.count < 2:
+        return Difference(value, None, None, None, None, None, "few images")
+    of_pictures = float((other.values.mean(axis=0) - base.values.mean(axis=0)).var())
+    seeds = [(*_luck(sample), len(sample.scores) - 1) for sample in (base, other) if len(sample.scores) > 1]
+    variance = of_pictures + sum(luck for luck, _, _ in seeds)
+    doubt = of_pictures**2 / design.freedom + sum(between**2 / freedom for _, between, freedom in seeds)
+    freedom = min(variance**2 / doubt, MOST_FREEDOM) if doubt else MOST_FREEDOM
+    error = math.sqrt(variance)
+    reach = student(0.975, freedom) * error
+    word = "within noise"
+    if design.count < FEW_PICTURES:
+        word = "few images"
+    elif abs(value) > reach:
+        word = "differs" if undirected else "better" if value > 0 else "worse"
+    luck = math.sqrt(sum(luck for luck, _, _ in seeds)) if seeds else None
+    # A two-sided test at 5 % with 80 % power; where no answer differs there is nothing to judge it by.
+    detectable = reach + student(0.8, freedom) * error if error else None
+    return Difference(value, value - reach, value + reach, error, luck, detectable, word)
+
+
+def _luck(sample: Sample) -> tuple[float, float]:
+    """Variance of an arm's mean score over k seeds: the part that pictures do not explain, and all of it."""
+    seeds = len(sample.scores)
+    between = float(sample.scores.var(ddof=1)) / seeds
+    by_pictures = float((sample.values - sample.scores[:, None]).var(axis=0, ddof=1).mean()) / seeds
+    return max(0.0, between - by_pictures), between
+
+
+@lru_cache(maxsize=1024)
+def student(level: float, freedom: float) -> float:
+    """The quantile of Student's t at a level above one half.
+
+    With t = sqrt(freedom) tan(angle) its density in the angle is a power of the cosine, on a finite range.
+    """
+    angle = np.linspace(0, np.pi / 2, 50_001)
+    density = np.cos(angle) ** (freedom - 1)
+    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return math.sqrt(freedom) * math.tan(float(np.interp((level - 0.5) * 2 * mass[-1], mass, angle)))
+
+
+def _without_singles(strata: NDArray[np.int64]) -> NDArray[np.int64]:
+    """One picture has no variance of its own: all such strata together, or one with the smallest other, are one."""
+    sizes = np.bincount(strata)
+    order = np.argsort(sizes, kind="stable")
+    joined = order[: max(int((sizes == 1).sum()), 2)] if sizes[order[0]] == 1 else order[:0]
+    merged = np.where(np.isin(strata, joined), order[0], strata)
+    return np.unique(merged, return_inverse=True)[1].reshape(-1)

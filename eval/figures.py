@@ -1,13 +1,19 @@
 """The report's figures as inline SVG: the interval bar of a table row, and the overview of all headline scores."""
 
 from collections.abc import Sequence
-from html import escape
+from itertools import count
 
 from eval.bootstrap import Difference
-from eval.compare import Measure
+from eval.comparison import Measure
 
 RUN_COLOURS = ("#8b93a5", "#3553c9", "#c2571a", "#0f766e", "#8a3ea8")  # the baseline is grey
-VERDICT_COLOURS = {"better": "#1b7f4b", "worse": "#c0392b", "differs": "#a36f00", "within noise": "#6a7080"}
+VERDICT_COLOURS = {
+    "better": "#1b7f4b",
+    "worse": "#c0392b",
+    "differs": "#a36f00",
+    "within noise": "#6a7080",
+    "few images": "#6a7080",
+}
 WIDTH = 1000
 LABEL, BARS, FOREST = 192, (205, 545), (630, 965)  # where the labels end, and the two plots' left and right ends
 STEP = 20  # height of one bar
@@ -31,7 +37,10 @@ def interval_bar(one: Difference, ceiling: float, reach: float) -> str:
 
 
 def overview(rows: Sequence[tuple[str, Measure]], names: Sequence[str]) -> str:
-    """Left the scores of all runs, right each run's difference to the first; both as shares of the perfect score."""
+    """Left the scores of all arms, right each one's difference to the first; both as shares of the perfect score.
+
+    The labels are markup.
+    """
     height_of_row = STEP * len(names) + 22
     height = height_of_row * len(rows) + 44
     reach = _round_up(max(_edges(rows), default=0.0))
@@ -44,7 +53,7 @@ def overview(rows: Sequence[tuple[str, Measure]], names: Sequence[str]) -> str:
         middle = top + STEP * len(names) / 2
         parts.append(
             f'<text x="{LABEL}" y="{middle + 5:.1f}" text-anchor="end" font-size="14.5" font-weight="600">'
-            f"{escape(label)}</text>"
+            f"{label}</text>"
         )
         for run, score in enumerate(measure.scores):
             share = max(0.0, score / measure.ceiling)
@@ -105,5 +114,6 @@ def _edges(rows: Sequence[tuple[str, Measure]]) -> list[float]:
 
 
 def _round_up(reach: float) -> float:
-    """The next of 1, 2, 5, 10, 20, 50, 100 percent."""
-    return next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0) if reach <= step)
+    """The next of 1, 2, 5, 10, 20, 50, 100, ... percent."""
+    steps = (digit * 10.0**power for power in count(-2) for digit in (1, 2, 5))
+    return next(step for step in steps if reach <= step)

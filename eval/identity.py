@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from encoders.errors import ModelError
+from eval.benchmarks import Bench
+from eval.staging import Source
 
 VISION_FACTS = ("model_type", "image_size", "patch_size", "hidden_size", "num_hidden_layers", "hidden_act")
 
@@ -45,3 +47,15 @@ def data_fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:
     """sha256 of what a benchmark asked: its questions, pictures and targets, whatever files they were read from."""
     asked = [[row[key] for key in ("index", "question_id", "image_id", "prompt", "target")] for row in rows]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+def dataset_facts(bench: Bench, sources: Mapping[str, Source], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Where a benchmark's questions came from: repository, config, split, commit ("local": not known), fingerprint."""
+    questions = bench.tables[0]
+    return {
+        "repository": questions.repository,
+        "config": questions.config,
+        "split": questions.split,
+        "revision": sources[questions.repository].revision,
+        "fingerprint": data_fingerprint(rows),
+    }

@@ -1,45 +1,37 @@
-"""Our lmms-eval model: questions grouped by picture, each picture encoded once, no failure turned into an answer.
+"""Our lmms-eval model: questions grouped by picture, each picture read and encoded once, no failure made an answer.
 
 `eval-mllm` builds it; plain lmms-eval finds it by the entry point in lmms_plugin.py:
 `python -m lmms_eval --model encoder_swap_llava --model_args pretrained=DIR,dtype=float32 --batch_size 32 ...`.
 """
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
-from PIL import Image
+from PIL import ImageFile
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
 
-from encoders.errors import DataError, EvaluationIncomplete, SwapError, UsageError
-from eval.chat_model import ChatModel
+from encoders.errors import EvaluationIncomplete, UsageError
+from eval.asking import Asking, Cost, Failure
+from eval.chat_model import ChatProcessor
+from eval.journal import Journal
+from eval.pictures import LooksAtMore, Pictures
+from eval.reading import Question, Reader
+from eval.workers import Here, Team, team
 
-THUMBNAIL = 256  # pixels
-
-
-@dataclass(frozen=True)
-class Question:
-    """A request of lmms-eval, with the identity of its picture."""
-
-    place: int  # among the requests
-    request: Instance
-    task: str
-    row: int  # of the task's split
-    text: str
-    image_id: str
-    max_new_tokens: int
+SHOWN = 5  # failures that a message names
 
 
 class EncoderSwapLlava(lmms):
-    """A LLaVA folder behind lmms-eval's interface, for tasks that ask about one picture and decode greedily.
+    """A LLaVA folder behind lmms-eval's interface, for tasks that decode greedily; any number of pictures a question.
 
-    An answer ends at `max_new_tokens` or at the task's own limit, whichever is smaller. `image_ids` maps (task, row)
-    to the picture's id; with `thumbnails` a small JPEG of every picture is written there as `<image_id>.jpg`.
+    An answer ends at `max_new_tokens` or at the task's own limit, whichever is smaller. With `place`, a folder, answers
+    are kept there under the model's `identity` as they come and found again, and a small JPEG of each picture lies in
+    `place`/images. With `keep_failures` a question that cannot be answered has the answer "" and stands in `failures`;
+    without, it is an error. `image_ids` maps (task, row) to the picture's id.
     """
 
     is_simple = True
@@ -51,43 +43,82 @@ class EncoderSwapLlava(lmms):
         device: str = "auto",
         dtype: str = "auto",
         max_new_tokens: int = 1024,
-        thumbnails: str | None = None,
+        processes: int | None = 1,
+        place: Path | None = None,
+        identity: str = "",
+        keep_failures: bool = False,
     ) -> None:
         super().__init__()
+        # lmms-eval deletes every torch module it finds in our attributes after a run; these are none.
         self.batch_size = int(batch_size)
-        # lmms-eval deletes every torch module it finds in our attributes after a run; ChatModel is none.
-        self.chat = ChatModel(Path(pretrained), device, dtype)
+        self.team: Team = team(Path(pretrained), device, dtype, self.batch_size, processes)
+        self.chat = self.team.chat if isinstance(self.team, Here) else ChatProcessor(Path(pretrained))
         self.max_new_tokens = max_new_tokens
-        self.thumbnails = Path(thumbnails) if thumbnails is not None else None
+        self.keep_failures = keep_failures
+        thumbnails = place / "images" if place is not None else None
+        self.reader = Reader(self.chat, self.team.image_tokens, self.batch_size, thumbnails)
+        self.journal = Journal(place / f"{identity[:16]}.jsonl") if place is not None else None
+        self.data = ""  # identity of the files that questions come from
+        self.asking: Asking | None = None
+        self.questions: list[Question] = []
+        self.seconds = 0.0  # of the last generate_until
         self.image_ids: dict[tuple[str, int], str] = {}
 
+    @property
+    def device(self) -> torch.device:
+        """The kind of device that answers."""
+        return torch.device(self.team.device)
+
+    @property
+    def failures(self) -> list[Failure]:
+        """Of the last `generate_until`."""
+        return list(self.asking.failures.values()) if self.asking is not None else []
+
+    def costs(self) -> dict[str, float]:
+        """What the last `generate_until` took, an interrupted run before it included: seconds, tokens, bytes."""
+        cost = self.asking.cost if self.asking is not None else Cost()
+        return {
+            "seconds_encode": round(cost.seconds_encode, 2),
+            "seconds_answer": round(cost.seconds_answer, 2),
+            "prompt_tokens": cost.prompt_tokens,
+            "new_tokens": cost.new_tokens,
+            "peak_memory_bytes": cost.peak_memory_bytes,
+            "pictures": len(cost.pictures),
+            "smallest_batch": cost.smallest_batch,
+            "answers_reused": cost.reused,
+        }
+
+    def check(self, count: int) -> tuple[int, list[tuple[Question, str, str]]]:
+        """Ask questions of the last `generate_until` again, alone: how many, and those with another answer (question,
+        answer, answer alone)."""
+        return self.asking.check(self.questions, count) if self.asking is not None else (0, [])
+
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """One answer per request, in their order. Raises EvaluationIncomplete naming the first question of a batch
-        that could not be answered, DataError naming a question whose picture cannot be read."""
+        """One answer per request, in their order.
+
+        Raises EvaluationIncomplete naming the questions that cannot be answered, unless `keep_failures` is set; and
+        always if nothing at all can be answered or a worker dies.
+        """
+        began = time.perf_counter()
+        ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval sets it: half a picture would be shown, the rest grey
+        shown: dict[tuple[str, str], Pictures] = {}
         with Progress(*COLUMNS) as progress:
-            reading = progress.add_task("reading pictures", total=len(requests))
-            questions = []
-            for place, request in enumerate(requests):
-                questions.append(self._question(place, request))
-                progress.advance(reading)
-            answers: dict[int, str] = {}
-            names = ", ".join(dict.fromkeys(question.task for question in questions))
-            asking = progress.add_task(f"{names}: answering", total=len(requests))
-            features: dict[str, Tensor] = {}  # of the pictures of one batch
-            for batch in batches(questions, self.batch_size):
+            names = ", ".join(dict.fromkeys(request.args[4] for request in requests))
+            bar = progress.add_task(f"{names}: answering", total=len(requests))
+            self.asking = asking = Asking(self.reader, self.team, self.journal, lambda: progress.advance(bar))
+            while True:
+                self.questions = [self._question(place, request, shown) for place, request in enumerate(requests)]
                 try:
-                    features = self._features(batch, features)
-                    answers |= self._answers(batch, features)
-                except SwapError:
-                    raise
-                except Exception as error:
-                    first = batch[0]
-                    raise EvaluationIncomplete(
-                        f"{first.task}: no answers to {len(batch)} questions from row {first.row} on "
-                        f"({first.text!r}, picture {first.image_id}): {type(error).__name__}: {error}"
-                    ) from error
-                progress.advance(asking, len(batch))
-        return [answers[place] for place in range(len(requests))]
+                    asking.run(self.questions)
+                    break
+                except LooksAtMore:  # sources are finer now
+                    continue
+        ids = asking.image_ids
+        self.image_ids |= {(question.task, question.row): ids[question.place] for question in self.questions}
+        self.seconds = time.perf_counter() - began
+        if asking.failures and not self.keep_failures:
+            raise EvaluationIncomplete(failure_message(names, self.failures, len(requests)))
+        return [asking.texts.get(place, "") for place in range(len(requests))]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Not offered: the tasks this model is for are scored by what it says."""
@@ -97,47 +128,21 @@ class EncoderSwapLlava(lmms):
         """Not offered: one question, one answer."""
         raise NotImplementedError("encoder_swap_llava answers single-round tasks only")
 
-    def _question(self, place: int, request: Instance) -> Question:
-        text, settings, _, row, task, _ = request.args
+    def close(self) -> None:
+        """End the workers and let the journal go."""
+        self.team.close()
+        if self.journal is not None:
+            self.journal.close()
+
+    def _question(self, place: int, request: Instance, shown: dict[tuple[str, str], Pictures]) -> Question:
+        text, settings, doc_to_visual, row, task, split = request.args
         if settings.get("do_sample", False) or settings.get("num_beams", 1) != 1:
             raise UsageError(f"{task} asks for sampling or beams; encoder_swap_llava decodes greedily only")
-        image_id = picture_id(self._picture(request))
-        self.image_ids[task, row] = image_id
+        if (task, split) not in shown:
+            shown[task, split] = Pictures(task, self.task_dict[task][split], doc_to_visual, self.data)
+        pictures = shown[task, split]
         limit = min(self.max_new_tokens, settings.get("max_new_tokens", self.max_new_tokens))
-        return Question(place, request, task, row, text, image_id, limit)
-
-    def _picture(self, request: Instance) -> Image.Image:
-        """The RGB picture of a request. Pictures are read when needed: thousands of them do not fit in memory."""
-        _, _, doc_to_visual, row, task, split = request.args
-        try:
-            pictures = doc_to_visual(self.task_dict[task][split][row])
-        except OSError as error:
-            raise DataError(f"{task}: the picture of row {row} ({split}) cannot be read: {error}") from error
-        if len(pictures) != 1 or not isinstance(pictures[0], Image.Image):
-            raise UsageError(
-                f"{task}: row {row} ({split}) does not show exactly one picture, which is all LLaVA-1.5 takes"
-            )
-        picture: Image.Image = pictures[0]
-        return picture.convert("RGB")
-
-    def _features(self, batch: Sequence[Question], known: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Image features of the batch by image id; a batch starts with the picture the one before ended with."""
-        wanted = {question.image_id: question.request for question in batch}
-        pictures = {name: self._picture(request) for name, request in wanted.items() if name not in known}
-        if self.thumbnails is not None:
-            for name, picture in pictures.items():
-                save_thumbnail(picture, self.thumbnails / f"{name}.jpg")
-        new = self.chat.encode(list(pictures.values())) if pictures else []
-        found = known | dict(zip(pictures, new, strict=True))
-        return {name: found[name] for name in wanted}
-
-    def _answers(self, batch: Sequence[Question], features: dict[str, Tensor]) -> dict[int, str]:
-        texts = self.chat.answer(
-            [self.chat.prompt(question.text) for question in batch],
-            [features[question.image_id] for question in batch],
-            batch[0].max_new_tokens,
-        )
-        return {question.place: text for question, text in zip(batch, texts, strict=True)}
+        return Question(place, task, row, text, limit, pictures, pictures.source(row))
 
 
 COLUMNS = (
@@ -149,27 +154,10 @@ COLUMNS = (
 )
 
 
-def batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
-    """Batches of questions of one answer limit, the questions on one picture next to each other."""
-    first_shown: dict[str, int] = {}
-    for question in questions:
-        first_shown.setdefault(question.image_id, question.place)
-    ordered = sorted(questions, key=lambda question: (question.max_new_tokens, first_shown[question.image_id]))
-    for _, alike in groupby(ordered, key=lambda question: question.max_new_tokens):
-        group = list(alike)
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
-
-
-def picture_id(picture: Image.Image) -> str:
-    """Identity of a picture: of its size and its pixels, whatever file they came in."""
-    digest = hashlib.sha256(f"{picture.mode} {picture.size}".encode())
-    digest.update(picture.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def save_thumbnail(picture: Image.Image, file: Path) -> None:
-    """Write a JPEG of at most 256 pixels a side."""
-    small = picture.copy()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    small.save(file, quality=85)
+def failure_message(name: str, failures: Sequence[Failure], questions: int) -> str:
+    """How many questions have no answer, and why the first ones do not."""
+    told = "; ".join(
+        f"row {failed.question.row} ({failed.question.text!r}): {failed.reason}" for failed in failures[:SHOWN]
+    )
+    more = f"; and {len(failures) - SHOWN} more" if len(failures) > SHOWN else ""
+    return f"{name}: no answer to {len(failures)} of {questions} questions: {told}{more}"

@@ -1,41 +1,40 @@
 """eval-mllm: a LLaVA folder -> results.json, samples.jsonl and images/, by lmms-eval's own unmodified tasks.
 
-Every question gets an answer row or the run fails: nothing is written then, and the exit code is not 0.
+Every question gets an answer row, or no score is given and the exit code is 5. Answers are kept as they come: the same
+command goes on where a killed one stopped.
 """
 
 import argparse
 import json
 import os
-import time
+import shutil
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from encoders import manifest
-from encoders.errors import DataError, EvaluationIncomplete, ModelError, SwapError, UsageError, run_command
-from eval.answers import Row, checked_metrics, collect_rows, printed_metrics
+from encoders.errors import EvaluationIncomplete, ModelError, UsageError, run_command
+from eval import journal
+from eval.answers import Row
+from eval.bench_run import run_bench, self_check
 from eval.benchmarks import BENCHES, Bench, resolve
-from eval.identity import data_fingerprint, encoder_facts
-from eval.staging import check_datasets, staged
-
-if TYPE_CHECKING:  # these take 10 seconds to import: too long for --help
-    from lmms_eval.api.task import Task
-    from lmms_eval.tasks import TaskManager
-
-    from eval.lmms_model import EncoderSwapLlava
+from eval.identity import data_fingerprint, dataset_facts, encoder_facts
+from eval.preflight import preflight
+from eval.staging import Source, check_datasets, located, staged
 
 NO_MODEL = (
     "no model named; pass --model DIR, where DIR is a LLaVA folder that `accelerate launch train/tune_llava.py` wrote,"
     " or any folder that transformers' LlavaForConditionalGeneration and its processor were saved to"
 )
+HUB_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
+DEFAULT_BENCHES = "mme,pope,gqa,textvqa"
 
 
 def parser() -> argparse.ArgumentParser:
     """The options of eval-mllm."""
     options = argparse.ArgumentParser(prog="eval-mllm", description=__doc__)
     options.add_argument("--model", type=Path, metavar="DIR", help="folder of a LlavaForConditionalGeneration")
-    options.add_argument("--bench", default=",".join(BENCHES), help="comma-separated list of: %(default)s")
+    options.add_argument("--bench", default=DEFAULT_BENCHES, help=f"comma-separated list of: {', '.join(BENCHES)}")
     options.add_argument(
         "--data",
         type=Path,
@@ -49,6 +48,20 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16")
     options.add_argument(
+        "--processes", type=int, metavar="N", help="models side by side (default: one per GPU, one on a CPU)"
+    )
+    options.add_argument(
+        "--self-check",
+        type=int,
+        default=0,
+        metavar="N",
+        help="ask N questions of each benchmark again, one by one through transformers' generate: another answer is an "
+        "error in float32, and counted in bfloat16",
+    )
+    options.add_argument(
+        "--allow-errors", action="store_true", help="count questions without answer as wrong and list them"
+    )
+    options.add_argument(
         "--out", type=Path, metavar="DIR", help="results folder (default: the model's name + -results)"
     )
     options.add_argument("--overwrite", action="store_true", help="replace an earlier results folder")
@@ -60,37 +73,61 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     benches = resolve(args.bench)
     model, data, out = _checked_paths(args, benches)
-    if args.limit is not None and args.limit < 1:
-        raise UsageError(f"--limit must be at least 1, not {args.limit}")
-    if args.batch_size < 1:
-        raise UsageError(f"--batch-size must be at least 1, not {args.batch_size}")
+    for option in ("limit", "batch_size", "processes"):
+        if (value := getattr(args, option)) is not None and value < 1:
+            raise UsageError(f"--{option.replace('_', '-')} must be at least 1, not {value}")
+    if args.self_check < 0:
+        raise UsageError(f"--self-check must be at least 0, not {args.self_check}")
+    manifest.refuse_to_clobber(out, "results", args.overwrite)
     if data is not None:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which is later
+    sources = located(benches, data)
+    for name in HUB_SECRETS:  # of no more use, and lmms-eval is fond of printing what it was given
+        os.environ.pop(name, None)
+    for note in preflight(benches, sources, model, out, args.device, args.dtype, args.processes or 1):
+        print(f"{note.level}: {note.text}")
     settings = {
         "benches": [bench.name for bench in benches],
         "limit": args.limit,
         "batch_size": args.batch_size,
         "device": args.device,
         "dtype": args.dtype,
+        "allow_errors": args.allow_errors,
     }
+    how = {"processes": args.processes, "self_check": args.self_check}
     parents = {"model": model} if data is None else {"model": model, "data": data}
-    with manifest.create(out, "results", settings, parents, args.overwrite) as draft:
-        results = evaluate(model, benches, data, draft.path, settings)
-        draft.metrics.update({name: bench["metrics"] for name, bench in results["benches"].items()})
+    with journal.working_place(out) as place:
+        try:
+            with manifest.create(out, "results", settings, parents, args.overwrite) as draft:
+                results = evaluate(model, benches, sources, draft.path, place, settings, how)
+                draft.metrics.update({name: bench["metrics"] for name, bench in results["benches"].items()})
+        except OSError as error:
+            raise journal.cannot_write(out, error) from error
+        journal.clear(place)
     print_table(results)
     print(f"results: {out}")
 
 
 def evaluate(
-    model: Path, benches: Sequence[Bench], data: Path | None, folder: Path, settings: Mapping[str, Any]
+    model: Path,
+    benches: Sequence[Bench],
+    sources: Mapping[str, Source],
+    folder: Path,
+    place: Path,
+    settings: Mapping[str, Any],
+    how: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Ask a LLaVA folder all questions and write results.json, samples.jsonl and images/ into `folder`.
 
-    Data is loaded before the model, so that what is wrong with it shows at once. Returns the content of results.json.
+    Answers are kept in `place` until then. Data is loaded before the model, so that what is wrong with it shows at
+    once. Returns the content of results.json. Raises EvaluationIncomplete if a question has no answer, unless
+    `settings` allow errors.
     """
-    thumbnails = folder / "images"
-    thumbnails.mkdir()
-    with staged(data, [dataset for bench in benches for dataset in bench.folders]):
+    rows: dict[str, list[Row]] = {}
+    figures: dict[str, dict[str, Any]] = {}
+    with staged(benches, sources):
+        from eval.lmms_tasks import load_task
+
         tasks = {bench.name: load_task(bench) for bench in benches}
         from eval.lmms_model import EncoderSwapLlava
 
@@ -99,23 +136,34 @@ def evaluate(
             batch_size=settings["batch_size"],
             device=settings["device"],
             dtype=settings["dtype"],
-            thumbnails=str(thumbnails),
+            processes=how["processes"],
+            place=place,
+            identity=journal.identity(model, {name: settings[name] for name in ("device", "dtype", "batch_size")}),
+            keep_failures=True,
         )
-        rows: dict[str, list[Row]] = {}
-        figures: dict[str, dict[str, Any]] = {}
-        for bench in benches:
-            rows[bench.name], figures[bench.name] = run_bench(bench, tasks[bench.name], lm, settings["limit"])
-    with (folder / "samples.jsonl").open("w", encoding="utf-8") as stream:
-        for row in (row for of_bench in rows.values() for row in of_bench):
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+        try:
+            for bench in benches:
+                lm.data = json.dumps([manifest.fingerprint(sources[folder].path) for folder in bench.folders])
+                rows[bench.name], entry = run_bench(
+                    bench, tasks[bench.name], lm, settings["limit"], settings["allow_errors"]
+                )
+                entry["dataset"] = dataset_facts(bench, sources, rows[bench.name])
+                if how["self_check"]:
+                    entry["self_check"] = self_check(bench, lm, how["self_check"])
+                figures[bench.name] = entry
+        finally:
+            lm.close()
+    if not settings["allow_errors"]:
+        _refuse_failures(figures, place)
+    _write_rows(folder, place, [row for of_bench in rows.values() for row in of_bench])
     results = {
         "model": {"path": str(model), "fingerprint": manifest.fingerprint(model)},
-        "encoder": encoder_facts(model, lm.chat.model.config.to_dict()),
+        "encoder": encoder_facts(model, lm.chat.config.to_dict()),
         "settings": {
             "eval": {
                 **settings,
-                "device": lm.chat.device.type,
-                "dtype": str(lm.chat.dtype).removeprefix("torch."),
+                "device": lm.team.device,
+                "dtype": lm.team.dtype,
                 "decoding": "greedy",
                 "max_new_tokens": {bench.name: bench.max_new_tokens for bench in benches},
                 "stop_ids": lm.chat.stop_ids,
@@ -125,89 +173,56 @@ def evaluate(
             "data": {name: data_fingerprint(of_bench) for name, of_bench in rows.items()},
             "versions": manifest.library_versions(),
         },
+        "run": {**how, "processes": lm.team.processes},  # plays no part in the answers
         "benches": figures,
     }
     manifest.write_json(folder / "results.json", results)
     return results
 
 
-def load_task(bench: Bench) -> "Task":
-    """lmms-eval's task with its questions. Raises DataError if they cannot be loaded."""
-    manager = task_manager()
-    from lmms_eval.tasks import get_task_dict
-
-    try:
-        (task,) = get_task_dict([bench.task], manager, "simple").values()
-    except Exception as error:
-        raise DataError(
-            f"{bench.name}: cannot load {', '.join(bench.folders)} for lmms-eval's task {bench.task!r} "
-            f"({_cause(error)}); check the files, or name a folder that has them with --data"
-        ) from error
-    return task
-
-
-def run_bench(
-    bench: Bench, task: "Task", lm: "EncoderSwapLlava", limit: int | None
-) -> tuple[list[Row], dict[str, Any]]:
-    """Ask and score one benchmark: its rows and its entry in results.json.
-
-    Raises EvaluationIncomplete if any question has no answer or lmms-eval could not score them.
-    """
-    from lmms_eval.evaluator import simple_evaluate
-
-    if limit is not None and bench.task == "mme":
-        limit += limit % 2  # scored in pairs
-    available = len(task.eval_docs)
-    questions = available if limit is None else min(limit, available)
-    lm.max_new_tokens = bench.max_new_tokens
-    start = time.perf_counter()
-    options = argparse.Namespace(output_path=".", process_with_media=False)  # scoring need not decode pictures again
-    try:
-        output = simple_evaluate(
-            lm, tasks=[task], task_manager=task_manager(), limit=limit, bootstrap_iters=0, cli_args=options
-        )
-    except SwapError:
-        raise
-    except Exception as error:
-        raise EvaluationIncomplete(f"{bench.name}: lmms-eval could not score the answers ({_cause(error)})") from error
-    rows = collect_rows(bench, output["samples"][bench.task], lm.image_ids, questions)
-    metrics = checked_metrics(bench, rows, printed_metrics(output["results"][bench.task]))
-    return rows, {
-        "task": bench.task,
-        "metrics": metrics,
-        "questions": questions,
-        "images": len({row["image_id"] for row in rows}),
-        "answered": len(rows),
-        "empty": sum(row["empty"] for row in rows),
-        "seconds": round(time.perf_counter() - start, 2),
-        "protocol": {"max_new_tokens": str(bench.max_new_tokens), **bench.protocol},
-    }
-
-
-@cache
-def task_manager() -> "TaskManager":
-    """lmms-eval's index of its tasks; building it takes seconds."""
-    import lmms_eval.models  # noqa: F401 (sets up lmms-eval's logging; else scanning the tasks floods stderr)
-    from lmms_eval.tasks import TaskManager
-
-    return TaskManager("WARNING", model_name="encoder_swap_llava")
-
-
 def print_table(results: Mapping[str, Any]) -> None:
-    """Print each benchmark's leading figures (fractions as percent), its questions and what they took."""
+    """Print each benchmark's leading figures (fractions as percent), its questions and the seconds they took."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=results["model"]["path"], title_justify="left")
-    for column in ("bench", "metric", "score", "questions", "images", "empty", "seconds"):
-        table.add_column(column, justify="left" if column in ("bench", "metric") else "right")
+    for column in ("bench", "metric", "score", "asked", "images", "empty", "unread", "failed", "s"):
+        words = column in ("bench", "metric")
+        table.add_column(column, justify="left" if words else "right", no_wrap=not words, overflow="fold")
     for name, entry in results["benches"].items():
-        bench = BENCHES[name]
-        shown = [metric for metric in bench.headline if metric in entry["metrics"]]
-        scores = [f"{entry['metrics'][metric] * (100 if bench.percent else 1):.2f}" for metric in shown]
-        facts = [str(entry[fact]) for fact in ("questions", "images", "empty", "seconds")]
+        # A task without a figure that can be compared still has those that it printed.
+        shown = [metric for metric in entry["headline"] or entry["metrics"] if metric in entry["metrics"]]
+        scores = [f"{entry['metrics'][metric] * (100 if entry['percent'] else 1):.2f}" for metric in shown]
+        facts = [str(entry[fact]) for fact in ("questions", "images", "empty", "unparsed")]
+        facts += [str(len(entry["failed"])), f"{entry['seconds']:.0f}"]
         table.add_row(name, "\n".join(shown), "\n".join(scores), *facts)
     Console().print(table)
+
+
+def _refuse_failures(figures: Mapping[str, Mapping[str, Any]], place: Path) -> None:
+    """Raise EvaluationIncomplete if a question has no answer; all of them are listed in a file."""
+    failed = {name: entry["failed"] for name, entry in figures.items() if entry["failed"]}
+    if not failed:
+        return
+    file = place / "failed.json"
+    manifest.write_json(file, failed)
+    counts = ", ".join(f"{name} {len(rows)} of {figures[name]['questions']}" for name, rows in failed.items())
+    name, rows = next(iter(failed.items()))
+    raise EvaluationIncomplete(
+        f"questions without answer, so no scores: {counts}; all are in {file}; the first, {name} row "
+        f"{rows[0]['index']}: {rows[0]['reason']}; mend it and run the same command again (only they are asked again), "
+        "or pass --allow-errors to count them as wrong"
+    )
+
+
+def _write_rows(folder: Path, place: Path, rows: Sequence[Row]) -> None:
+    """samples.jsonl, and the small pictures that it names."""
+    with (folder / "samples.jsonl").open("w", encoding="utf-8") as stream:
+        for row in rows:
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+    (folder / "images").mkdir()
+    for name in sorted({name for row in rows for name in row["image_id"].split("_") if name}):
+        shutil.copyfile(place / "images" / f"{name}.jpg", folder / "images" / f"{name}.jpg")
 
 
 def _checked_paths(args: argparse.Namespace, benches: Sequence[Bench]) -> tuple[Path, Path | None, Path]:
@@ -217,7 +232,10 @@ def _checked_paths(args: argparse.Namespace, benches: Sequence[Bench]) -> tuple[
     model: Path = args.model.resolve()
     if not (model / "config.json").is_file():
         raise ModelError(f"{model} is not a model folder: it has no config.json; {NO_MODEL.partition('; ')[2]}")
-    kind = json.loads((model / "config.json").read_text()).get("model_type")
+    try:
+        kind = json.loads((model / "config.json").read_text())["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{model / 'config.json'} is no model's config ({error!r}); write the folder again") from error
     if kind != "llava":
         raise ModelError(
             f"{model / 'config.json'} says model_type {kind!r}, not 'llava'; {NO_MODEL.partition('; ')[2]}"
@@ -227,15 +245,6 @@ def _checked_paths(args: argparse.Namespace, benches: Sequence[Bench]) -> tuple[
         check_datasets(data, [dataset for bench in benches for dataset in bench.folders])
     out = args.out.resolve() if args.out is not None else model.with_name(f"{model.name}-results")
     return model, data, out
-
-
-def _cause(error: BaseException) -> str:
-    """What went wrong, in words; lmms-eval retries some steps and then says only that it did."""
-    from tenacity import RetryError
-
-    inner = error.last_attempt.exception() if isinstance(error, RetryError) else None
-    told = error if inner is None else inner
-    return f"{type(told).__name__}: {told}"
 
 
 def cli() -> None:

@@ -9,22 +9,57 @@ from rich.markup import escape
 from rich.table import Table
 
 from eval.bootstrap import Difference
-from eval.compare import Comparison, Measure
+from eval.comparison import Comparison, Measure
 
-TITLES = {"mme": "MME", "pope": "POPE", "gqa": "GQA", "textvqa": "TextVQA"}
+TITLES = {
+    "mme": "MME",
+    "pope": "POPE",
+    "gqa": "GQA",
+    "textvqa": "TextVQA",
+    "textvqa_ocr": "TextVQA with OCR tokens",
+    "mmmu": "MMMU",
+    "chartqa": "ChartQA",
+    "nocaps": "NoCaps",
+}
 LABELS = {
     "mme_perception_score": "perception",
     "mme_cognition_score": "cognition",
     "mme_total_score": "sum of both",
+    "mme_perception_acc": "perception, acc",
+    "mme_perception_acc_plus": "perception, acc+",
+    "mme_cognition_acc": "cognition, acc",
+    "mme_cognition_acc_plus": "cognition, acc+",
     "pope_accuracy": "accuracy",
     "pope_f1_score": "F1",
     "pope_precision": "precision",
     "pope_recall": "recall",
     "pope_predicted_yes_ratio": "answers “yes”",
     "exact_match": "exact match",
+    "mmmu_acc": "accuracy",
+    "relaxed_overall": "relaxed accuracy",
+    "relaxed_human_split": "human questions",
+    "relaxed_augmented_split": "augmented questions",
+    "nocaps_CIDEr": "CIDEr",
 }
-SIGNS = {"better": "▲", "worse": "▼", "differs": "◆", "within noise": "●"}
-COLOURS = {"better": "green", "worse": "red", "differs": "yellow", "within noise": "dim"}
+SIGNS = {"better": "▲", "worse": "▼", "differs": "◆", "mixed": "◆", "within noise": "●", "few images": "○"}
+COLOURS = {
+    "better": "green",
+    "worse": "red",
+    "differs": "yellow",
+    "mixed": "yellow",
+    "within noise": "dim",
+    "few images": "dim",
+}
+
+
+def title(bench: str) -> str:
+    """A benchmark's name as it is written; of a task of lmms-eval that is not built in, the task's."""
+    return TITLES.get(bench, bench)
+
+
+def label(metric: str) -> str:
+    """What a metric is called in the report."""
+    return LABELS.get(metric, metric)
 
 
 def number(measure: Measure, value: float) -> str:
@@ -51,17 +86,31 @@ def measures(comparison: Comparison) -> Iterator[tuple[str, Measure]]:
         yield from ((measure.name, measure) for measure in comparison.retrieval.measures)
     for bench in comparison.benches:
         for measure in bench.measures:
-            yield f"{TITLES[bench.bench]} {LABELS[measure.name]}", measure
+            yield f"{title(bench.bench)} {label(measure.name)}", measure
 
 
 def attestation(comparison: Comparison) -> tuple[bool, str]:
     """Whether the encoder is the only difference, and a sentence that says so."""
-    others = sum(not setting.encoder for setting in comparison.differing)
+    others = sum(setting.role == "other" for setting in comparison.differing)
     if others:
         return False, f"{others} setting{'s' * (others > 1)} besides the encoder differ{'s' * (others == 1)}"
     if comparison.same_encoder:
         return False, "All runs use the same encoder and the same settings"
-    return True, "Everything but the encoder is equal"
+    seeds = " and, within an arm, the seed" if max(comparison.seeds) > 1 else ""
+    return True, f"Everything but the encoder{seeds} is equal"
+
+
+def covered(comparison: Comparison) -> str:
+    """Which sources of chance the intervals cover, and which not."""
+    once = [name for name, seeds in zip(comparison.names, comparison.seeds, strict=True) if seeds == 1]
+    if len(once) == len(comparison.names):
+        return (
+            "The intervals cover the choice of pictures. They do not cover the luck of training: with one seed an arm, "
+            "another seed of either model could move its scores further than the interval says."
+        )
+    counts = ", ".join(f"{name} {count}" for name, count in zip(comparison.names, comparison.seeds, strict=True))
+    text = f"The intervals cover the choice of pictures and the luck of training (seeds: {counts})"
+    return f"{text}; not the luck of {_and(once)}, trained with one seed." if once else f"{text}."
 
 
 def verdict(comparison: Comparison, run: int) -> str:
@@ -78,7 +127,7 @@ def verdict(comparison: Comparison, run: int) -> str:
             f"{100 * comparison.retrieval.chance_r1:.1f} %)."
         )
     headline = [
-        (f"{TITLES[bench.bench]} {LABELS[measure.name]}", measure, measure.differences[run - 1])
+        (f"{title(bench.bench)} {label(measure.name)}", measure, measure.differences[run - 1])
         for bench in comparison.benches
         for measure in bench.measures
         if measure.headline
@@ -91,12 +140,16 @@ def verdict(comparison: Comparison, run: int) -> str:
         ]
         for word in ("better", "worse")
     }
-    noise = len(headline) - sum(map(len, found.values()))
-    if noise == len(headline):
-        sentences.append(
-            f"With the language model, {name} and {base} cannot be told apart by these questions: all {noise} headline "
-            "scores differ within noise."
-        )
+    few = sum(one.verdict == "few images" for _, _, one in headline)
+    noise = len(headline) - few - sum(map(len, found.values()))
+    if few:
+        sentences.append(f"{few} of {len(headline)} headline scores rest on too few pictures for a verdict.")
+    if noise + few == len(headline):
+        if noise:
+            sentences.append(
+                f"With the language model, {name} and {base} cannot be told apart by these questions: {noise} of "
+                f"{len(headline)} headline scores differ within noise."
+            )
         return " ".join(sentences)
     parts = [
         f"{word} in {len(labels)} of {len(headline)} headline scores: {_and(labels)}"
@@ -126,7 +179,7 @@ def show(comparison: Comparison, page: Path) -> None:
                 word = f"[{COLOURS[one.verdict]}]{SIGNS[one.verdict]} {one.verdict}[/]"
                 table.add_row(label, *scores, signed(measure, one.value), interval(measure, one), word)
         console.print(table)
-    console.print(f"{attestation(comparison)[1]}.", markup=False)
+    console.print(f"{attestation(comparison)[1]}. {covered(comparison)}", markup=False)
     console.print(f"report: {page}", markup=False, soft_wrap=True)
 
 

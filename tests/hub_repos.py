@@ -23,6 +23,8 @@ class Repo:
     """Commits by id; `refs` names the newest of each branch."""
 
     private: bool
+    gated: bool = False
+    """Its files, unlike their names, are for those with a token."""
     commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     history: list[dict[str, bytes]] = field(default_factory=list)

@@ -2,6 +2,7 @@
 
 Commits are atomic and checked: a parent that moved, an LFS object that is missing or of another size or hash, a read or
 write without a token are refused. `trouble` breaks chosen requests; `log` lists what was asked; `history` is the truth.
+Models and datasets share one space of names.
 """
 
 import base64
@@ -293,6 +294,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def resolve(self, name: str, revision: str, path: str) -> Any:
         blob = self._files(name, revision).get(path)
+        if self.server.repos[name].gated and not self._authorised():
+            raise Refused(HTTPStatus.UNAUTHORIZED, f"Access to {name} is restricted", "GatedRepo")
         if blob is None:
             raise Refused(HTTPStatus.NOT_FOUND, f"no file {path}", "EntryNotFound")
         sha = self.server.repos[name].refs.get(revision, revision)
@@ -317,8 +320,8 @@ ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
     ("POST", "/storage/([0-9a-f]+)", Handler.join_parts),
     ("POST", "/verify", Handler.verify),
     ("POST", f"/api/models/{NAME}/commit/(.+)", Handler.commit),
-    ("GET", f"/api/models/{NAME}", Handler.info),
-    ("GET", f"/api/models/{NAME}/revision/(.+)", Handler.info),
-    ("GET", f"/api/models/{NAME}/tree/(.+)", Handler.tree),
-    ("GET HEAD", f"/{NAME}/resolve/(refs/pr/[0-9]+|[^/]+)/(.+)", Handler.resolve),
+    ("GET", f"/api/(?:models|datasets)/{NAME}", Handler.info),
+    ("GET", f"/api/(?:models|datasets)/{NAME}/revision/(.+)", Handler.info),
+    ("GET", f"/api/(?:models|datasets)/{NAME}/tree/(.+)", Handler.tree),
+    ("GET HEAD", f"/(?:datasets/)?{NAME}/resolve/(refs/pr/[0-9]+|[^/]+)/(.+)", Handler.resolve),
 ]

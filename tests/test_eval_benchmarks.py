@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from encoders.errors import DataError, UsageError
-from eval.benchmarks import BENCHES, MME_PERCEPTION, Columns, point, resolve, sample_score
+from eval.benchmarks import BENCHES, bench_of, point, recorded_bench, resolve
+from eval.lmms_tasks import read_task
+from eval.metrics import MME_PERCEPTION, Columns
+from eval.scoring import sample_score
 
 TASKS = Path(str(importlib.util.find_spec("lmms_eval").origin)).parent / "tasks"  # type: ignore[union-attr]
 COGNITION = ("code_reasoning", "numerical_calculation", "a category nobody heard of")
@@ -106,33 +109,78 @@ def test_weights_are_repeated_rows() -> None:
 
 def test_mme_of_one_kind_has_no_other_score_and_half_a_pair_is_refused() -> None:
     rows = [row for row in mme_rows(np.random.default_rng(3), 26) if row["category"] == "count"]
-    assert set(point(BENCHES["mme"], rows)) == {"mme_perception_score"}
+    assert all(name.startswith("mme_perception") for name in point(BENCHES["mme"], rows))
     with pytest.raises(DataError, match=r"count/.* has 1"):
         point(BENCHES["mme"], rows[:-1])
 
 
-@pytest.mark.parametrize(
-    ("bench", "file", "limit"),
-    [
-        ("mme", "mme/mme.yaml", "max_new_tokens: 16"),
-        ("pope", "pope/pope.yaml", "max_new_tokens: 128"),
-        ("gqa", "gqa/gqa.yaml", "max_new_tokens: 16"),
-        ("textvqa", "textvqa/_default_template_textvqa_yaml", None),
-    ],
-)
-def test_what_we_say_of_the_tasks_is_true(bench: str, file: str, limit: str | None) -> None:
-    text = (TASKS / file).read_text()
-    assert f"dataset_path: {BENCHES[bench].folders[0]}\n" in text
-    assert limit in text if limit else "max_new_tokens" not in text
-    if "exact_match" in BENCHES[bench].metrics:
-        everything = text + (TASKS / "textvqa/textvqa_val.yaml").read_text()
-        assert "metric: exact_match\n    aggregation: mean" in everything
-        rows = [{"correct": c, "prediction": "", "target": "", "category": "", "question_id": 0} for c in (0.9, 0.3, 0)]
-        assert point(BENCHES[bench], rows) == {"exact_match": pytest.approx(0.4)}
+def test_mme_acc_and_acc_plus_are_the_parts_of_the_score() -> None:
+    rows = mme_rows(np.random.default_rng(4), 130)
+    ours = point(BENCHES["mme"], rows)
+    for kind in ("perception", "cognition"):
+        parts = ours[f"mme_{kind}_acc"] + ours[f"mme_{kind}_acc_plus"]
+        assert parts == pytest.approx(ours[f"mme_{kind}_score"])
+    existence = [row for row in rows if row["category"] == "existence"]
+    right = np.array([row["correct"] for row in existence]).reshape(-1, 2)
+    assert point(BENCHES["mme"], existence)["mme_perception_acc"] == pytest.approx(100 * right.mean())
+    assert point(BENCHES["mme"], existence)["mme_perception_acc_plus"] == pytest.approx(100 * right.all(axis=1).mean())
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_what_we_say_of_the_tasks_is_true(name: str) -> None:
+    bench, task = BENCHES[name], read_task(BENCHES[name].task)
+    table = bench.tables[0]
+    assert task["dataset_path"] == table.repository
+    assert task.get("dataset_name", "default") == table.config
+    assert task["test_split"] == table.split
+    assert task["output_type"] == "generate_until"
+    limit = (task.get("generation_kwargs") or {}).get("max_new_tokens")
+    if limit != bench.max_new_tokens:
+        assert (str(limit) if limit else "no limit") in bench.protocol["max_new_tokens"]
+    listed = {entry["metric"] for entry in task["metric_list"]}
+    assert set(bench.headline) <= listed & set(bench.metrics)
+    # Our metrics are means of a score per question wherever lmms-eval's are, and nowhere else.
+    means = {entry["metric"] for entry in task["metric_list"] if entry["aggregation"] == "mean"}
+    assert means <= set(bench.metrics)
+    kwargs = task.get("lmms_eval_specific_kwargs", {}).get("default", {})
+    ours = bench.overrides.get("lmms_eval_specific_kwargs", {}).get("default", kwargs)
+    assert {**ours, "ocr": None} == {**kwargs, "ocr": None}
+    assert ours.get("ocr", False) == (name == "textvqa_ocr")
+    for prompt in (kwargs.get(key) for key in ("post_prompt", "prompt", "multiple_choice_prompt")):
+        assert (prompt or "").strip() in bench.protocol["prompt"]
+
+
+def test_gqa_names_both_tables_that_the_task_reads() -> None:
+    images = BENCHES["gqa"].tables[1]
+    read = f'load_dataset("{images.repository}", "{images.config}", split="{images.split}", token=True)'
+    assert read in (TASKS / "gqa" / "utils.py").read_text()
 
 
 def test_resolve_lists_the_known_names() -> None:
     assert [bench.name for bench in resolve("pope, mme,pope")] == ["pope", "mme"]
     for names in ("mme,popee", "", ","):
-        with pytest.raises(UsageError, match="mme, pope, gqa, textvqa"):
+        with pytest.raises(UsageError, match="mme, pope, gqa, textvqa, textvqa_ocr, mmmu, chartqa, nocaps"):
             resolve(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pope_full", "is a group of lmms-eval's tasks; name those you want: pope_adv, pope_pop, pope_random"),
+        ("videomme", "whose questions are a split of a dataset repository on the Hub"),
+        ("mmbench_en", "is a group of lmms-eval's tasks|unknown benchmark"),
+    ],
+)
+def test_tasks_that_cannot_be_run_are_refused_by_name(name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        bench_of(name)
+
+
+def test_a_foreign_bench_is_what_its_task_file_says() -> None:
+    bench = bench_of("pope_adv")
+    assert [(table.repository, table.config, table.split) for table in bench.tables] == [
+        ("lmms-lab-encoder/POPE", "Full", "adversarial")
+    ]
+    assert (bench.max_new_tokens, bench.metrics, bench.questions) == (128, {}, 0)
+    assert list(bench_of("ai2d").metrics) == ["exact_match"]
+    assert recorded_bench("pope", {}) is BENCHES["pope"]

@@ -1,9 +1,10 @@
-"""eval-mllm on tiny data in the benchmarks' own schemas: complete rows, lmms-eval's figures, loud failures."""
+"""eval-mllm on tiny data in the benchmarks' own schemas: complete rows, lmms-eval's figures, no network, no secrets."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from bench_sets import picture, questions_of, write_benches
 from lmms_eval.api.instance import Instance
-from lmms_eval.api.model import lmms
-from PIL import Image
 from tokenizers import processors
 
 from encoders import manifest
@@ -22,83 +22,18 @@ from eval import run
 from eval.answers import checked_metrics
 from eval.benchmarks import BENCHES
 from eval.chat_model import ChatModel
-from eval.lmms_model import EncoderSwapLlava, picture_id
-from eval.staging import staged
+from eval.lmms_model import EncoderSwapLlava
 from llava_adapter import chat
 from llava_adapter.chat import TEMPLATES
 
-PICTURES = 3
-QUESTIONS = {"mme": 6, "pope": 6, "gqa": 6, "textvqa": 6}
+NAMES = ("mme", "pope", "gqa", "mmmu")
 SUFFIX = "\nAnswer the question using a single word or phrase."
-
-
-def picture(seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 48, 3), dtype=np.uint8))
-
-
-def write_dataset(folder: Path, configs: Mapping[str, tuple[str, Sequence[Mapping[str, Any]]]]) -> None:
-    """A local dataset repository: a parquet per config (name -> split, rows) and the README that lists them."""
-    lines = ["---", "configs:"]
-    for name, (split, rows) in configs.items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        table = datasets.Dataset.from_list([dict(row) for row in rows])
-        if "image" in table.column_names:
-            table = table.cast_column("image", datasets.Image())
-        table.to_parquet(folder / name / f"{split}-0.parquet")
-        lines += [f"- config_name: {name}", "  data_files:", f"  - split: {split}", f"    path: {name}/{split}-*"]
-    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
+SECRET = "hf_" + "Q" * 34
 
 
 @pytest.fixture(scope="module")
 def benches(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six questions of each benchmark on three pictures that all share."""
-    folder = tmp_path_factory.mktemp("benches")
-    home = folder / "lmms-lab-encoder"
-    shown = [picture(index // 2) for index in range(6)]
-    yes_no = ["yes", "no", "yes", "no", "no", "yes"]
-    rows = [
-        {
-            "id": str(i),
-            "question_id": str(i),
-            "question": f"Is there a star {i}?",
-            "answer": yes_no[i],
-            "category": "popular",
-        }
-        for i in range(6)
-    ]
-    pope = [{**rows[i], "image": shown[(2 * i) % 5]} for i in range(6)]
-    mme = [
-        {
-            "question_id": f"{i // 2}.png",
-            "question": f"Is the dog red {i}? Please answer yes or no.",
-            "answer": ["Yes", "No"][i % 2],
-            "category": ["existence", "count", "code_reasoning"][i // 2],
-            "image": shown[i],
-        }
-        for i in range(6)
-    ]
-    words = ["red", "green", "café", "dog", "two", "tree"]
-    gqa = [
-        {"id": f"g{i}", "imageId": f"n{i // 2}", "question": f"What is it {i}?", "answer": words[i]} for i in range(6)
-    ]
-    gqa_images = [{"id": f"n{i}", "image": picture(i)} for i in range(PICTURES)]
-    textvqa = [
-        {
-            "question_id": f"{34602 + i}",
-            "question": f"what is written {i}?",
-            "answers": [words[i]] * 8 + ["apple", "the car"],
-            "image": shown[i],
-        }
-        for i in range(6)
-    ]
-    write_dataset(home / "POPE", {"default": ("test", pope)})
-    write_dataset(home / "MME", {"default": ("test", mme)})
-    write_dataset(
-        home / "GQA",
-        {"testdev_balanced_instructions": ("testdev", gqa), "testdev_balanced_images": ("testdev", gqa_images)},
-    )
-    write_dataset(home / "textvqa", {"default": ("validation", textvqa)})
-    return folder
+    return write_benches(tmp_path_factory.mktemp("benches"))
 
 
 def evaluate(model: Path, benches: Path, out: Path, *more: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -108,76 +43,48 @@ def evaluate(model: Path, benches: Path, out: Path, *more: str) -> tuple[dict[st
     return json.loads((out / "results.json").read_text()), rows
 
 
-class Scripted(lmms):
-    """Says what it is told, in the order of the rows."""
+def test_eval_mllm_answers_every_question_twice_alike_without_network_or_secrets(
+    tiny_llava: Path, benches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    dialled: list[object] = []
 
-    def __init__(self, answers: Sequence[str]) -> None:
-        super().__init__()
-        self.answers = answers
-        self.max_new_tokens = 0
-        self.image_ids: dict[tuple[str, int], str] = {}
+    def refuse(self: socket.socket, address: object) -> None:
+        dialled.append(address)
+        raise OSError("no network here")
 
-    def generate_until(self, requests: list[Instance]) -> list[str]:
-        self.image_ids |= {(request.args[4], request.args[3]): "picture" for request in requests}
-        return [self.answers[request.args[3]] for request in requests if request.args[3] < len(self.answers)]
-
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError
-
-    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError
-
-
-# Right, wrong, odd-cased, empty, almost right, not ASCII.
-ANSWERS = {
-    "pope": (["yes", "yes", " YES", "", "No.", "ja ☂"], {"pope_accuracy": 2 / 6, "pope_precision": 2 / 3}),
-    "mme": (["Yes.", "no", "NO", "nope", "", "ÿes"], {"mme_perception_score": 200 + 50.0, "mme_cognition_score": 0.0}),
-    "gqa": (["Red.", "blue", "CAFÉ", "", "two", "a tree"], {"exact_match": 3 / 6}),
-    "textvqa": (["red", "green!", "café", "", "2", "apple"], None),
-}
-
-
-@pytest.mark.parametrize("name", BENCHES)
-def test_rows_give_back_the_figures_that_lmms_eval_printed(name: str, benches: Path) -> None:
-    bench, (answers, expected) = BENCHES[name], ANSWERS[name]
-    # run_bench itself raises if a figure from the rows differs by more than 1e-9 from lmms-eval's.
-    with staged(benches, bench.folders):
-        rows, entry = run.run_bench(bench, run.load_task(bench), Scripted(answers), None)
-    assert [row["answer"] for row in rows] == answers
-    assert entry["empty"] == 1
-    assert entry["answered"] == entry["questions"] == QUESTIONS[name]
-    for metric, value in (expected or {}).items():
-        assert entry["metrics"][metric] == pytest.approx(value, abs=1e-9)
-    if name == "textvqa":
-        assert [row["target"] for row in rows] == ["red", "green", "café", "dog", "2", "tree"]
-        assert [row["correct"] for row in rows][:4] == [1, 1, 1, 0]
-
-
-def test_an_unanswered_question_is_no_score(benches: Path) -> None:
-    with (
-        staged(benches, BENCHES["pope"].folders),
-        pytest.raises(EvaluationIncomplete, match=r"pope: 5 answers to 6 .*\[5\]"),
-    ):
-        run.run_bench(BENCHES["pope"], run.load_task(BENCHES["pope"]), Scripted(["yes"] * 5), None)
-
-
-def test_eval_mllm_answers_every_question_twice_alike(tiny_llava: Path, benches: Path, tmp_path: Path) -> None:
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setenv("HF_TOKEN", SECRET)
     before = sorted(benches.rglob("*"))
-    first, rows = evaluate(tiny_llava, benches, tmp_path / "first")
-    assert {name: entry["questions"] for name, entry in first["benches"].items()} == QUESTIONS
-    assert [row["index"] for row in rows] == [index for count in QUESTIONS.values() for index in range(count)]
-    assert sorted({file.stem for file in (tmp_path / "first" / "images").iterdir()}) == sorted(
-        {row["image_id"] for row in rows}
-    )
-    assert len({row["image_id"] for row in rows}) == PICTURES
+    first, rows = evaluate(tiny_llava, benches, tmp_path / "first", "--bench", ",".join(NAMES), "--self-check", "4")
+    assert not dialled
+    assert "HF_TOKEN" not in os.environ
+    told = capfd.readouterr()
+    files = [file.read_bytes() for file in (tmp_path / "first").rglob("*") if file.is_file()]
+    assert not any(SECRET.encode() in text for text in [*files, told.out.encode(), told.err.encode()])
+
+    counts = {name: len(questions_of(name)) for name in NAMES}
+    assert {name: entry["questions"] for name, entry in first["benches"].items()} == counts
+    assert [(row["bench"], row["index"]) for row in rows] == [
+        (name, at) for name in NAMES for at in range(counts[name])
+    ]
+    shown = {name for row in rows for name in row["image_id"].split("_")}
+    assert {file.stem for file in (tmp_path / "first" / "images").iterdir()} == shown
+    assert sorted(len(row["image_id"].split("_")) for row in rows if row["bench"] == "mmmu") == [1] * 6 + [3]
     assert first["settings"]["eval"]["dtype"] == "float32"
     assert manifest.verify(tmp_path / "first", full=True).kind == "results"
-    assert "16" in first["benches"]["textvqa"]["protocol"]["max_new_tokens"]
+    for name, entry in first["benches"].items():
+        assert entry["self_check"] == {"questions": 4, "different": 0, "flip_rate": 0.0, "flips": []}
+        assert entry["failed"] == []
+        assert entry["cost"]["new_tokens"] > 0
+        assert entry["cost"]["pictures"] == len(
+            {i for r in rows if r["bench"] == name for i in r["image_id"].split("_")}
+        )
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "first"]  # nothing is left of the journal
 
     # Other batches, other padding: in float32 the answers stay the same.
-    second, again = evaluate(tiny_llava, benches, tmp_path / "second", "--batch-size", "1")
+    second, again = evaluate(tiny_llava, benches, tmp_path / "second", "--bench", ",".join(NAMES), "--batch-size", "1")
     assert again == rows
-    assert {row["answer"] for row in rows} != {""}
+    assert len({row["answer"] for row in rows}) > 10
     for key in ("model", "encoder"):
         assert second[key] == first[key]
     assert second["settings"]["data"] == first["settings"]["data"]
@@ -187,29 +94,72 @@ def test_eval_mllm_answers_every_question_twice_alike(tiny_llava: Path, benches:
 
 
 def test_limit_takes_whole_pairs_of_mme(tiny_llava: Path, benches: Path, tmp_path: Path) -> None:
-    _, rows = evaluate(tiny_llava, benches, tmp_path / "out", "--bench", "mme,gqa", "--limit", "3")
-    assert [(row["bench"], row["index"]) for row in rows] == [
-        *(("mme", index) for index in range(4)),
-        *(("gqa", index) for index in range(3)),
-    ]
+    _, rows = evaluate(tiny_llava, benches, tmp_path / "out", "--bench", "mme", "--limit", "3")
+    assert [(row["bench"], row["index"]) for row in rows] == [("mme", index) for index in range(4)]
 
 
-def test_each_picture_is_encoded_once_and_each_answer_is_to_its_question(tiny_llava: Path, benches: Path) -> None:
-    lm = EncoderSwapLlava(str(tiny_llava), batch_size=2, device="cpu", dtype="float32")
-    encoded: list[int] = []
-    lm.chat.model.model.vision_tower.register_forward_hook(
-        lambda tower, args, output: encoded.append(len(output.last_hidden_state))
-    )
-    bench = BENCHES["pope"]  # whose pictures come in the order 0 1 2 0 1 0
-    with staged(benches, bench.folders):
-        rows, entry = run.run_bench(bench, run.load_task(bench), lm, None)
-    assert sum(encoded) == entry["images"] == PICTURES
-    pictures = [picture(index) for index in range(PICTURES)]
-    features = dict(zip(map(picture_id, pictures), lm.chat.encode(pictures), strict=True))
-    for row in rows:
-        alone = lm.chat.answer([lm.chat.prompt(row["prompt"])], [features[row["image_id"]]], bench.max_new_tokens)
-        assert [row["answer"]] == alone
-    assert len({row["answer"] for row in rows}) > 1
+def test_in_bfloat16_the_rate_of_flips_is_stated(tiny_llava: Path, benches: Path, tmp_path: Path) -> None:
+    words = ["--bench", "pope", "--dtype", "bfloat16", "--self-check", "99"]
+    results, rows = evaluate(tiny_llava, benches, tmp_path / "out", *words)
+    check = results["benches"]["pope"]["self_check"]
+    assert check["questions"] == len(rows)
+    assert check["flip_rate"] == check["different"] / len(rows) == len(check["flips"]) / len(rows)
+
+
+def test_failures_are_listed_and_withhold_the_scores(
+    tiny_llava: Path, benches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One question fails: exit 5, nothing written but what was answered; with --allow-errors it counts as wrong;
+    mended, only its batch is asked again."""
+    from eval import rounds
+
+    greedy, asked = rounds.greedy, []
+
+    def broken(model: Any, memory: Any, places: Any, suffixes: Any, *more: Any) -> Any:
+        asked.append(len(suffixes))
+        if bad in suffixes:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return greedy(model, memory, places, suffixes, *more)
+
+    monkeypatch.setattr(rounds, "greedy", broken)
+    model = ChatModel(tiny_llava, "cpu", "float32")
+    text = questions_of("pope")[4]["question"] + "\nAnswer the question using a single word or phrase."
+    ids = model.prompt_ids(model.prompt(text), 16)
+    bad = tuple(ids[len(ids) - ids[::-1].index(model.config.image_token_id) :])
+    words = ["--bench", "pope", "--batch-size", "3"]
+    with pytest.raises(EvaluationIncomplete, match=r"pope 1 of 9; .*failed.json.*row 4: RuntimeError: CUDA error"):
+        evaluate(tiny_llava, benches, tmp_path / "out", *words)
+    (listed,) = json.loads((tmp_path / ".out.answers" / "failed.json").read_text())["pope"]
+    assert listed["index"] == 4
+    assert [file.name for file in tmp_path.iterdir()] == [".out.answers"]
+
+    results, rows = evaluate(tiny_llava, benches, tmp_path / "allowed", *words, "--allow-errors")
+    assert results["benches"]["pope"]["failed"] == [listed]
+    assert results["benches"]["pope"]["answered"] == 8
+    assert (rows[4]["correct"], rows[4]["answer"]) == (0, "")
+    assert results["settings"]["eval"]["allow_errors"]
+
+    asked.clear()
+    bad = ()
+    results, rows = evaluate(tiny_llava, benches, tmp_path / "out", *words)
+    assert asked == [3]
+    assert results["benches"]["pope"]["cost"]["answers_reused"] == 6
+    assert all(row["answer"] for row in rows)
+
+
+def test_plain_lmms_eval_can_use_the_model_and_fails_loudly(tiny_llava: Path) -> None:
+    """By its entry point: no journal, no --allow-errors; a question without answer is an error."""
+    from lmms_eval.models import get_model
+
+    model = get_model("encoder_swap_llava")
+    assert model is EncoderSwapLlava
+    lm = model.create_from_arg_string(f"pretrained={tiny_llava},dtype=float32,device=cpu", {"batch_size": 4})
+    split = datasets.Dataset.from_list([{"question": "a"}])
+    lm.task_dict = {"task": {"test": split}}
+    metadata = {"task": "task", "doc_id": 0, "repeats": 1}
+    ask = Instance("generate_until", ("a", {}, lambda doc: [doc["nothing"]], 0, "task", "test"), 0, metadata)
+    with pytest.raises(EvaluationIncomplete, match=r"task: no answer to 1 of 1 questions: row 0 \('a'\): .*KeyError"):
+        lm.generate_until([ask])
 
 
 def test_figures_that_the_rows_do_not_give_are_no_score() -> None:
@@ -220,39 +170,9 @@ def test_figures_that_the_rows_do_not_give_are_no_score() -> None:
             checked_metrics(BENCHES["gqa"], rows, printed)
 
 
-def test_a_raised_generation_ends_the_run_without_results(
-    tiny_llava: Path, benches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(self: ChatModel, *args: object) -> list[str]:
-        raise RuntimeError("CUDA out of memory")
-
-    monkeypatch.setattr(ChatModel, "answer", broken)
-    with pytest.raises(EvaluationIncomplete, match=r"mme.*row 0.*Is the dog red.*picture \w{16}.*CUDA out of memory"):
-        evaluate(tiny_llava, benches, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_missing_data_is_named_before_anything_is_loaded(tiny_llava: Path, benches: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="lmms-lab-encoder/MME is missing"):
         evaluate(tiny_llava, tmp_path, tmp_path / "out")
-
-
-def test_data_written_anew_is_read_anew(tmp_path: Path) -> None:
-    """The datasets library would give the questions of the first folder to all that look like it."""
-    asked = []
-    for place, question in (("a", "Is it old?"), ("a", "Is it new?"), ("b", "Is it elsewhere?")):
-        row = {"question_id": "0", "question": question, "answer": "no", "category": "popular", "image": picture(0)}
-        write_dataset(tmp_path / place / "lmms-lab-encoder" / "POPE", {"default": ("test", [row])})
-        with staged(tmp_path / place, BENCHES["pope"].folders):
-            asked.append(run.load_task(BENCHES["pope"]).eval_docs[0]["question"])
-    assert asked == ["Is it old?", "Is it new?", "Is it elsewhere?"]
-
-
-def test_unreadable_data_is_an_error_of_the_data(tiny_llava: Path, tmp_path: Path) -> None:
-    rows = [{"question_id": "0", "question": "Is it?", "answer": "maybe", "category": "popular", "image": picture(0)}]
-    write_dataset(tmp_path / "lmms-lab-encoder" / "POPE", {"default": ("train", rows)})
-    with pytest.raises(DataError, match=r"pope: cannot load lmms-lab-encoder/POPE .*test"):
-        evaluate(tiny_llava, tmp_path, tmp_path / "out", "--bench", "pope")
 
 
 def test_prompt_ids_are_those_of_training_and_of_the_processor(tiny_llava: Path) -> None:

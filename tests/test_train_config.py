@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from encoders.errors import UsageError
-from train.config import RECIPES, LlavaConfig, PretrainConfig, ResolutionConfig, SwapConfig, load_yaml, parse
-from train.swap import plan
+from train.config import RECIPES, LlavaConfig, PretrainConfig, ResolutionConfig, load_yaml, parse
+from train.swap_config import SwapConfig
+from train.swap_plan import plan
 
 SCRIPTS = {
     PretrainConfig: "pretrain",

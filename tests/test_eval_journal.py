@@ -1,0 +1,219 @@
+"""A killed eval-mllm goes on where it stopped and ends with the same samples; never with answers of other weights."""
+
+import json
+import os
+import shutil
+import signal
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from bench_sets import write_benches
+from safetensors.torch import load_file, save_file
+
+from encoders.errors import DataError, EvaluationIncomplete, UsageError
+from eval import rounds, run
+from eval.journal import Journal, identity, working_place
+
+NAMES = "pope,mmmu"
+
+
+def test_a_line_is_known_again_and_a_torn_one_is_cut_off(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    journal = Journal(file)
+    journal.append("one", {"answer": "☂ \u2028 \n"})
+    journal.append("two", [1, 2.5, None])
+    journal.close()
+    whole = file.read_bytes()
+    for cut in range(1, len(whole)):
+        file.write_bytes(whole[:-cut])
+        again = Journal(file)
+        expected = ["one"] if cut < len(whole.splitlines(keepends=True)[1]) + 1 else []
+        assert list(again.lines) == expected
+        again.append("two", [1, 2.5, None])
+        again.close()
+        assert Journal(file).lines["two"] == [1, 2.5, None]
+    damaged = bytearray(whole)
+    damaged[20] ^= 1  # in the first line: nothing behind it is trusted either
+    file.write_bytes(bytes(damaged))
+    assert Journal(file).lines == {}
+
+
+def test_a_full_disk_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path / "a.jsonl")
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(EvaluationIncomplete, match=r"a\.jsonl.*No space left.*the same command"):
+        journal.append("one", 1)
+
+
+def test_two_runs_do_not_write_one_folder(tmp_path: Path) -> None:
+    with working_place(tmp_path / "out"):
+        with pytest.raises(UsageError, match="another eval-mllm"), working_place(tmp_path / "out"):
+            pass
+    with working_place(tmp_path / "out"):
+        pass
+
+
+def test_identity_is_of_content_and_of_how_is_asked(tiny_llava: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_llava, tmp_path / "llava")
+    first = identity(folder, {"dtype": "float32"})
+    assert identity(tiny_llava, {"dtype": "float32"}) == first
+    assert identity(folder, {"dtype": "bfloat16"}) != first
+    for name in ("chat_template.jinja", "preprocessor_config.json", "generation_config.json", "tokenizer.json"):
+        kept = (folder / name).read_text()
+        (folder / name).write_text(kept + " ")
+        assert identity(folder, {"dtype": "float32"}) != first, name
+        (folder / name).write_text(kept)
+    assert identity(folder, {"dtype": "float32"}) == first
+    change_a_weight(folder)
+    assert identity(folder, {"dtype": "float32"}) != first
+
+
+def change_a_weight(folder: Path) -> None:
+    """One number, with the file's size and time as they were."""
+    file = folder / "model.safetensors"
+    stat = file.stat()
+    state = load_file(file)
+    state["language_model.lm_head.weight"][0, 0] += 1.0
+    save_file(state, file, metadata={"format": "pt"})
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_benches(tmp_path_factory.mktemp("benches"))
+
+
+@pytest.fixture(scope="module")
+def words(tiny_llava: Path, data: Path) -> list[str]:
+    return [
+        "--model",
+        str(tiny_llava),
+        "--data",
+        str(data),
+        "--dtype",
+        "bfloat16",
+        "--batch-size",
+        "2",
+        "--bench",
+        NAMES,
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """samples.jsonl of a run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run.main([*words, "--out", str(out)])
+    return (out / "samples.jsonl").read_bytes()
+
+
+def killed(words: list[str], out: Path, deadly: Callable[[], object]) -> None:
+    """Run eval-mllm in a fork in which `deadly` has set the trap; it must end by SIGKILL."""
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(120)
+            torch.set_num_threads(1)
+            deadly()
+            run.main([*words, "--out", str(out), "--overwrite"])
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), status
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def after_lines(count: int, torn: bool) -> Callable[[], None]:
+    """Kill when `count` lines are written; `torn`: in the middle of the next one."""
+
+    def set_trap() -> None:
+        append, written = Journal.append, []
+
+        def deadly(self: Journal, key: str, value: object) -> None:
+            if len(written) == count:
+                if torn:
+                    self._stream.write(b"0123456789abcdef [" + json.dumps(key).encode())
+                    self._stream.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            append(self, key, value)
+            written.append(key)
+
+        Journal.append = deadly  # type: ignore[method-assign]
+
+    return set_trap
+
+
+def test_a_killed_run_ends_with_the_same_samples(words: list[str], whole: bytes, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    killed(words, out, after_lines(2, torn=True))
+    killed(words, out, after_lines(3, torn=False))
+    (journal,) = (tmp_path / ".out.answers").glob("*.jsonl")
+    assert len(Journal(journal).lines) == 5
+    assert not out.exists()
+    run.main([*words, "--out", str(out)])
+    assert (out / "samples.jsonl").read_bytes() == whole
+    entries = json.loads((out / "results.json").read_text())["benches"]
+    assert entries["pope"]["cost"]["answers_reused"] == 9
+    shown = {name for row in whole.decode().splitlines() for name in json.loads(row)["image_id"].split("_")}
+    assert {file.stem for file in (out / "images").iterdir()} == shown
+    assert [path.name for path in tmp_path.iterdir() if "partial" not in path.name] == ["out"]
+
+
+@pytest.mark.slow
+def test_twenty_kills(words: list[str], whole: bytes, tmp_path: Path) -> None:
+    """At every stage of a line, and between the last answer and the finished folder."""
+    out = tmp_path / "out"
+    for number in range(9):
+        killed(words, out, after_lines(number % 2, torn=number % 3 == 0))
+    for _ in range(2):
+        killed(words, out, after_lines(1, torn=True))
+
+    def while_scoring() -> None:
+        run._write_rows = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+
+    for _ in range(4):
+        killed(words, out, while_scoring)
+
+    def while_sealing() -> None:
+        run.manifest.seal = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+
+    for _ in range(5):
+        killed(words, out, while_sealing)
+    run.main([*words, "--out", str(out)])
+    assert (out / "samples.jsonl").read_bytes() == whole
+
+
+def test_changed_weights_are_asked_anew(
+    words: list[str], whole: bytes, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same path, size and time of the files; all questions are asked."""
+    folder, out = shutil.copytree(tiny_llava, tmp_path / "llava"), tmp_path / "out"
+    words = ["--model", str(folder), *words[2:-1], "pope"]
+    killed(words, out, after_lines(4, torn=False))
+    change_a_weight(folder)
+    asked: list[int] = []
+    greedy = rounds.greedy
+    monkeypatch.setattr(rounds, "greedy", lambda *arguments: asked.append(len(arguments[3])) or greedy(*arguments))
+    run.main([*words, "--out", str(out)])
+    assert sum(asked) == 9
+
+
+def test_a_manifest_that_is_not_true_of_the_weights_is_refused(tiny_llava: Path, tmp_path: Path) -> None:
+    from encoders import manifest
+
+    folder = shutil.copytree(tiny_llava, tmp_path / "llava")
+    manifest.seal(folder, "llava", {})
+    first = identity(folder, {})
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    state["language_model.lm_head.weight"][0, 0] += 1.0
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(DataError, match=r"model\.safetensors is not the file"):
+        identity(folder, {})
+    manifest.seal(folder, "llava", {})
+    assert identity(folder, {}) != first

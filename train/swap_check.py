@@ -1,0 +1,116 @@
+"""Refuses a swap that cannot work before its first stage runs: training is a dear way to find a typing error.
+
+Recipes go through the parsers of their own commands; encoders and LLMs are judged by their configs. No torch import.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from encoders import manifest
+from encoders.data.spec import DataSpec
+from encoders.errors import DataError, ModelError, UsageError
+from encoders.inspection.stated import OPEN_CLIP_WEIGHTS, read_configs
+from encoders.sources.download import download
+from eval.benchmarks import resolve
+from eval.preflight import check_requirements
+from eval.staging import check_datasets
+from llava_adapter.sources import model_folder
+from train.config import LlavaConfig, PretrainConfig, ResolutionConfig, parse
+from train.pipeline import Stage
+from train.swap_config import Arm, Llm, SwapConfig
+
+CONFIGS = {"pretrain": PretrainConfig, "resolution": ResolutionConfig}  # of the others: LlavaConfig
+CLIP_KINDS = ("clip", "clip_vision_model")
+
+
+def check(config: SwapConfig, stages: Sequence[Stage], hub: bool) -> None:
+    """Refuse what could only fail later. `hub`: also ask the Hub for the configs of what lies there.
+
+    Raises UsageError for a recipe, bench or template that does not fit, DataError for data that is not there,
+    ModelError for an encoder or LLM that cannot take part.
+    """
+    benches = resolve(",".join(config.bench))
+    check_requirements(benches)
+    if config.scenes is None and config.bench_data is not None:
+        check_datasets(config.bench_data, [folder for bench in benches for folder in bench.folders])
+    made = {stage.out for stage in stages}
+    for stage in stages:
+        if stage.recipe is not None:
+            _check_recipe(stage, made | {config.work / "scenes"})
+    for name, arm in config.arms.items():
+        if arm.source is not None:
+            _check_source(name, arm, hub)
+    for llm in config.llms.values() or (Llm(config.llm),):
+        if llm.model is not None and (hub or Path(llm.model).exists()):
+            _check_llm(llm.model)
+
+
+def _check_recipe(stage: Stage, made: set[Path]) -> None:
+    """The stage's own parser, and its data, as far as this plan does not make it."""
+    kind = stage.name.rpartition("/")[2]
+    try:
+        config: Any = parse(CONFIGS.get(kind, LlavaConfig), "unused", stage.command)
+    except UsageError as error:
+        raise UsageError(f"stage {stage.name}: {error}") from error
+    if isinstance(config, LlavaConfig):
+        data = {"data.chats": config.data.chats, "data.images": config.data.images}
+    else:
+        splits = {f"data.{split}": getattr(config.data, split) for split in ("train", "val", "test")}
+        data = {key: where.path if isinstance(where, DataSpec) else where for key, where in splits.items()}
+    for key, where in data.items():
+        if not where.exists() and not any(out in (where, *where.parents) for out in made):
+            raise DataError(f"stage {stage.name}: {key} is {where}, which does not exist; name it in {stage.recipe}")
+
+
+def _check_source(name: str, arm: Arm, hub: bool) -> None:
+    """An encoder that exists, and is one of CLIP's own architecture as far as its configs tell."""
+    assert arm.source is not None
+    path = Path(arm.source)
+    if path.is_file():
+        if arm.model_name is None:
+            raise UsageError(f"arms.{name}: {path} is a file of weights; add its `model_name`, such as ViT-B-16")
+        return
+    if not path.exists():
+        if path.is_absolute() or len(path.parts) != 2 or path.parts[0] in (".", ".."):
+            raise DataError(
+                f"arms.{name}: {path} does not exist, and it is no id on the Hub (organisation/name) either"
+            )
+        if not hub:
+            return
+        path = download(arm.source, arm.revision, None).folder
+    if (path / manifest.MANIFEST).is_file():
+        kind = manifest.read(path).kind
+        if kind not in ("encoder", "encoder-run"):
+            raise ModelError(
+                f"arms.{name}: {path} holds a {kind!r} artifact where 'encoder' or 'encoder-run' is needed"
+            )
+        if kind == "encoder" and arm.image_size is not None:
+            raise UsageError(f"arms.{name}: {path} is exported; export its source again with --image-size")
+        return
+    refusal = None
+    if (path / "open_clip_config.json").is_file():
+        refusal = read_configs(path, path / OPEN_CLIP_WEIGHTS[0]).refusal
+    elif (kind := _model_type(path)) not in CLIP_KINDS:
+        refusal = f"its model_type is {kind!r}; needed is {' or '.join(CLIP_KINDS)}"
+    if refusal is not None:
+        raise ModelError(f"arms.{name}: {arm.source} cannot become a CLIPVisionModel: {refusal}")
+
+
+def _check_llm(model: str) -> None:
+    folder = model_folder(model, weights=False)
+    if (kind := _model_type(folder)) != "llama":
+        raise ModelError(f"{model}: model_type is {kind!r}, needed is a Llama")
+    if not (folder / "tokenizer.json").is_file():
+        raise ModelError(f"{model} has no tokenizer.json; save its tokenizer as transformers' fast one")
+
+
+def _model_type(folder: Path) -> str:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(f"{folder} has no config.json; it is no model that transformers or open_clip wrote")
+    try:
+        return str(json.loads(file.read_text()).get("model_type"))
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
