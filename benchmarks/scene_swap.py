@@ -47,7 +47,7 @@ TOWER = {  # over clips_demo.yaml: patches as small as its objects' parts, and t
     "model.clips.cut_tokens": 16,
 }
 PROJECTOR = {"run.steps": 400, "run.batch_size": 8, "run.save_every": 100}
-LORA = {"run.steps": 400, "run.batch_size": 8, "run.save_every": 100}
+LORA = {"run.steps": 200, "run.batch_size": 8, "run.save_every": 100}
 BENCHES = "gqa,pope"
 ARMS = ("random", "trained")
 LAUNCH = ("--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
