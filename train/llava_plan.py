@@ -77,8 +77,8 @@ def describe(config: LlavaConfig, processes: int) -> str:
             f"tokens      {per_step:,.0f} a step, {run.steps * per_step / 1e6:,.1f} M in all; "
             f"{micro * lengths.tokens:,.0f} at a time on each of {processes} process(es)",
             f"checkpoint  {_size(3 * trained)}, {run.keep} kept; finished folder {_size(folder)}",
-            f"memory      {_size(frozen + 4 * trained)} of weights, gradients and optimizer over all processes (DDP: "
-            "on each), and activations",
+            f"memory      {_size(frozen + 4 * trained)} of weights, gradients and optimizer (shared under FSDP2, else "
+            "each process holds all), and activations",
             f"hours       {hours:.2f} on {processes} H200 at {SHARE:.0%} of {H200 / 1e12:.0f} TFLOP/s; {here:.1f} on "
             f"{processes} of this machine's {_device().type} at {SHARE:.0%} of its speed; "
             f"{flops / 1e12:,.3f} TFLOP a step",
