@@ -48,12 +48,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
     options = parser.parse_args()
     results = read(options.profile)
-    notes = options.out.with_name("results_notes.md")
+    written = [options.out.with_name(name) for name in ("results_notes.md", "results_llava.md")]
     parts = [
         heading(results, PROFILES[options.profile]),
         *figures(results),
         *orderings(results),
-        notes.read_text() if notes.is_file() else "",
+        *(part.read_text() for part in written if part.is_file()),
     ]
     options.out.write_text("\n".join(parts).rstrip() + "\n")
     print(f"wrote {options.out}: {sum(len(seeds) for seeds in results.values())} runs of {len(results)} arms")

@@ -21,6 +21,7 @@ DATASETS = {  # by bench, what lmms-eval's task reads
     "gqa": "lmms-lab-encoder/GQA",
     "textvqa": "lmms-lab-encoder/textvqa",
 }
+STAGES = ("projector", "full", "lora", "qlora", "tower")  # in the order in which they can follow each other
 Results = Mapping[str, Mapping[str, Any]]
 """By bench: task, metrics, protocol, questions."""
 
@@ -73,6 +74,9 @@ seen at {vision["image_size"]} px: small print is lost.{_fold_warning(vision)}
 def adapter_card(adapter: Path, repo: str, seal: Manifest, license: str, base_model: str, results: Results) -> str:
     """README.md of a LoRA adapter published as `repo`; `base_model` is the published LLaVA it was trained on."""
     config = json.loads((adapter / "adapter_config.json").read_text())
+    adapted = [
+        part.replace("_", " ") for part in ("vision_tower", "language_model") if part in config["target_modules"]
+    ]
     data = _metadata("peft", license, [base_model], "adapter", results, ["lora"])
     return f"""---
 {data}
@@ -80,8 +84,8 @@ def adapter_card(adapter: Path, repo: str, seal: Manifest, license: str, base_mo
 
 # LoRA adapter of a LLaVA
 
-LoRA of rank {config["r"]} (alpha {config["lora_alpha"]}) on the language model of
-[{base_model}](https://huggingface.co/{base_model}), and its projector in full ({", ".join(config["modules_to_save"])}).
+LoRA of rank {config["r"]} (alpha {config["lora_alpha"]}) on the {" and the ".join(adapted)} of
+[{base_model}](https://huggingface.co/{base_model}), and in full: {", ".join(config["modules_to_save"] or ["nothing"])}.
 
 ```python
 from peft import PeftModel
@@ -157,15 +161,31 @@ def _dataset(name: str, bench: Mapping[str, Any]) -> str:
 
 def _training(seal: Manifest) -> str:
     """One line per stage in the manifest's config."""
-    stages = [(name, seal.config[name]) for name in ("projector", "lora") if name in seal.config]
     lines = [
-        f"* {name}: {stage['run']['steps']} steps of {stage['run']['batch_size']}, lr {stage['optim']['lr']:g}, "
+        f"* {name}: {_trained(name, stage)}; {stage['run']['steps']} steps of {stage['run']['batch_size']}, "
         f"{stage['run']['precision']}, seed {stage['run']['seed']}"
-        + (f", LoRA r {stage['lora_r']} alpha {stage['lora_alpha']}" if name == "lora" else "")
-        for name, stage in stages
+        for name in STAGES
+        if (stage := seal.config.get(name)) is not None
     ]
-    encoder, llm = seal.config["encoder"]["fingerprint"], seal.config["llm"]["fingerprint"]
-    return "\n".join([*lines, "", f"Fingerprints: vision encoder `{encoder}`, language model `{llm}`."])
+    encoder, llm = seal.config["encoder"], seal.config["llm"]["fingerprint"]
+    since = ", trained further since" if encoder.get("trained_further") else ""
+    return "\n".join(
+        [*lines, "", f"Fingerprints: vision encoder `{encoder['fingerprint']}`{since}, language model `{llm}`."]
+    )
+
+
+def _trained(name: str, stage: Mapping[str, Any]) -> str:
+    """What a stage trained, each part with its rate."""
+    rate = f"{stage['optim']['lr']:g}"
+    if name == "projector":
+        return f"projector (lr {rate})"
+    lora = f"LoRA r {stage['lora_r']} alpha {stage['lora_alpha']}"
+    how = {"full": "in full", "lora": lora, "qlora": f"{lora} on weights of {stage.get('bits')} bits"}
+    parts = [f"projector (lr {stage['projector_lr']:g})"]
+    if name == "tower":
+        parts.insert(0, f"vision tower ({how[stage['vision']]}, lr {stage['vision_lr']:g})")
+    language = stage["language"] if name == "tower" else name
+    return ", ".join(parts + ([f"language model ({how[language]}, lr {rate})"] if language != "frozen" else []))
 
 
 def _results(results: Results) -> str:

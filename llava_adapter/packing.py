@@ -54,6 +54,8 @@ def attend(
     (1,T,h,d). Raises ModelError without spans: across conversations it would be silently wrong."""
     if spans is None:
         raise ModelError("this LLM was made ready for packed batches; load the model again for anything else")
+    # Autocast computes value in bfloat16, but RoPE hands on query and key in the type of the residual stream.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T,heads,d)
         starts, longest, gqa = spans.starts, spans.longest, key.shape[1] != query.shape[1]

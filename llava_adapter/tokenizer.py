@@ -73,7 +73,8 @@ def _way_to_one(llm: Path) -> str:
     if (llm / "tokenizer.model").is_file():
         return (
             "its tokenizer.model is the older form; save it once as the newer one: "
-            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER). If that tells of Protobuf versions, "
+            "pip install 'sentencepiece<0.2.2' before it"
         )
     return "pass the folder of an LLM together with its tokenizer"
 

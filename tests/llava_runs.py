@@ -79,7 +79,8 @@ def train(config: LlavaConfig, float32: bool = True, sharded: bool = False) -> l
     if float32 and config.llava is not None:
         model, processor = load_llava(config.llava, torch.float32)
         origin = manifest.read(config.llava, "llava").config
-        task = llava_task.LlavaTask(config, origin, model, processor, "llama3", {"llava": config.llava})
+        chats = llava_task.Sets.read(config, processor, "llama3")
+        task = llava_task.LlavaTask(config, origin, model, processor, chats, {"llava": config.llava})
     else:
         task = llava_task.build(config)
     with signals.StopRequest() as stop:

@@ -319,7 +319,7 @@ def test_vicuna_grows_and_says_the_same_after_reload(tiny_encoder: Path, tmp_pat
     assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert loaded.tokenize(text)[:2] == ["<s>", "▁a"]
     (llm / "tokenizer.json").unlink()
-    with pytest.raises(ModelError, match=r"tokenizer\.model is the older form"):
+    with pytest.raises(ModelError, match=r"tokenizer\.model is the older form.*save_pretrained.*sentencepiece<0\.2\.2"):
         compose(tiny_encoder, llm, "vicuna_v1", torch.float32)
 
 

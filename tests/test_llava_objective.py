@@ -120,6 +120,17 @@ def test_a_packed_conversation_is_blind_to_its_neighbours(tiny_llava: Path) -> N
     assert after["tokens"] == 21
 
 
+def test_attention_is_computed_in_the_type_of_the_values() -> None:
+    """Under autocast an LLM of float32 weights brings float32 queries and keys, for which there is no fast kernel."""
+    noise = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 9, 8, generator=noise).bfloat16() for heads in (4, 2, 2))
+    spans = packing.Spans([4, 5], query.device)
+    wanted, _ = packing.attend(nn.Identity(), query, key, value, None, spans=spans)
+    found, _ = packing.attend(nn.Identity(), query.float(), key.float(), value, None, spans=spans)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, wanted)
+
+
 def test_layouts_are_not_mistaken_for_each_other(tiny_llava: Path) -> None:
     with pytest.raises(ModelError, match="the batch is packed and the model takes only the other kind"):
         objective(tiny_llava, LORA)(collate(make_samples(), 0, True))

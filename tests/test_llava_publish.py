@@ -3,7 +3,9 @@
 import json
 import shutil
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +21,14 @@ from transformers import CLIPVisionModel
 from encoders import manifest
 from encoders.errors import DataError, ModelError, UsageError
 from encoders.export import command as export
+from encoders.manifest import Manifest
 from encoders.publish import hub
 from encoders.sources.source import open_source
 from llava_adapter import publish as publish_model
+from llava_adapter.card import adapter_card, llava_card
+from llava_adapter.save import load_llava, save_adapter
+from llava_adapter.tuning import LORA_TARGETS, STAGES, apply
+from train.config import LlavaConfig, OptimConfig, RunConfig
 
 
 def test_the_command_publishes_and_transformers_and_we_load_it_by_its_id(
@@ -111,12 +118,13 @@ def llava(tiny_llava: Path, tmp_path: Path) -> Path:
         "r": 4,
         "lora_alpha": 8,
         "modules_to_save": ["multi_modal_projector"],
+        "target_modules": LORA_TARGETS["llm"],
         "base_model_name_or_path": str(folder),
     }
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(lora))
     (folder / "adapter" / "README.md").write_text(f"---\nbase_model: {folder}\n---\n[More Information Needed]\n")
     run = {"steps": 3, "batch_size": 2, "precision": "bf16", "seed": 0}
-    stage = {"run": run, "optim": {"lr": 1e-3}, "lora_r": 4, "lora_alpha": 8}
+    stage = {"run": run, "optim": {"lr": 1e-3}, "projector_lr": 2e-5, "lora_r": 4, "lora_alpha": 8}
     origin = {"encoder": {"fingerprint": "e" * 64, "path": str(folder)}, "llm": {"fingerprint": "a" * 64}}
     finish(folder, "llava", projector=stage, lora=stage, **origin)
     (folder / "status.json").write_text("{}")
@@ -156,6 +164,7 @@ def test_a_llava_brings_a_card_and_leaves_its_run_behind(
     assert [(r.dataset_type, r.metric_type, r.metric_value) for r in card.data.eval_results] == [
         ("lmms-lab-encoder/POPE", "pope_accuracy", 0.861)
     ]
+    assert "* lora: projector (lr 2e-05), language model (LoRA r 4 alpha 8, lr 0.001); 3 steps of 2" in card.content
     assert not (llava / "README.md").exists()  # the folder is as it was
     assert str(tmp_path).encode() not in b"".join(files.values())
 
@@ -190,3 +199,50 @@ def test_an_adapter_names_the_published_model_it_belongs_to(
     assert card.data.base_model_relation == "adapter"
     assert "model_name" not in card.data.to_dict()
     assert "More Information Needed" not in card.content
+    assert "LoRA of rank 4 (alpha 8) on the language model of\n[someone/stage1]" in card.content
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"stage": "projector"}, ["* projector: projector (lr 0.0001); 7 steps of 4, bf16, seed 0"]),
+        ({"stage": "full"}, ["* full: projector (lr 2e-05), language model (in full, lr 0.0001); 7 steps"]),
+        ({"stage": "qlora"}, ["language model (LoRA r 4 alpha 256 on weights of 4 bits, lr 0.0001)"]),
+        (
+            {"stage": "tower", "language": "full"},
+            ["vision tower (in full, lr 2e-06), projector (lr 2e-05), language model (in full, lr 0.0001)"],
+        ),
+        (
+            {"stage": "tower", "vision": "lora", "language": "frozen"},
+            [
+                "* tower: vision tower (LoRA r 4 alpha 256, lr 2e-06), projector (lr 2e-05);",
+                "`e`, trained further since",
+            ],
+        ),
+    ],
+)
+def test_a_card_tells_what_every_stage_trained(settings: dict[str, Any], said: list[str], tiny_llava: Path) -> None:
+    """From the settings that a run leaves in its manifest."""
+    source = {"encoder": Path("x"), "llm": Path("y")} if settings["stage"] == "projector" else {"llava": Path("x")}
+    run = RunConfig(steps=7, batch_size=4)
+    stage = LlavaConfig(**source, **settings, lora_r=4, run=run, optim=OptimConfig(lr=1e-4, weight_decay=0.0))
+    encoder = {"fingerprint": "e"} | ({"trained_further": True} if stage.stage == "tower" else {})
+    config = {"encoder": encoder, "llm": {"fingerprint": "l"}, stage.stage: asdict(stage)}
+    card = llava_card(tiny_llava, "someone/llava", Manifest("llava", config, {}), "mit", [], {})
+    assert all(text in card for text in said), card
+    assert ("trained further" in card) == (stage.stage == "tower")
+
+
+def test_an_adapters_card_names_the_parts_it_is_on(tiny_llava: Path, tmp_path: Path) -> None:
+    """Of adapters as PEFT writes them: LoRA on the tower as well, or the tower in full."""
+    config = {"encoder": {"fingerprint": "e"}, "llm": {"fingerprint": "l"}}
+    for vision, said in (
+        (
+            "lora",
+            "on the vision tower and the language model of\n[a/b](https://huggingface.co/a/b), and in full: multi_",
+        ),
+        ("full", "on the language model of\n[a/b](https://huggingface.co/a/b), and in full: vision_tower, multi_modal"),
+    ):
+        plan = replace(STAGES["tower"], vision=vision, lora_r=4)  # type: ignore[arg-type]
+        save_adapter(apply(load_llava(tiny_llava, torch.float32)[0], plan), tmp_path / vision)  # type: ignore[arg-type]
+        assert said in adapter_card(tmp_path / vision, "a/c", Manifest("llava", config, {}), "mit", "a/b", {})

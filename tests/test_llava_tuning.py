@@ -165,6 +165,23 @@ def test_blocks_behind_the_layer_that_is_read_are_frozen(layer: int, blocks: int
     assert {name.split(".")[4] for name in names if "encoder.layers" in name} == {str(block) for block in range(blocks)}
 
 
+def test_the_warm_up_of_a_small_rate_is_no_complaint(tiny_llava: Path) -> None:
+    """The tower recipe's first step: 1/156 of its rates, which no norm's weight of 1 shows in float32. A key's bias has
+    no gradient but rounding."""
+    share = 1 / 156
+    plan = replace(PLANS["tower, everything in full"], vision_lr=2e-6, projector_lr=1e-5, lr=1e-5)
+    model = load(tiny_llava)
+    for name, parameter in model.named_parameters():
+        if name.endswith("k_proj.bias"):
+            nn.init.constant_(parameter, 0.5)
+    model = apply(model, plan)
+    before = snapshot(model)
+    train_step(model, replace(plan, vision_lr=2e-6 * share, projector_lr=1e-5 * share, lr=1e-5 * share))
+    assert "vision: 30 tensors moved, 7 did not" in verify_moved(model, before, plan, share)
+    with pytest.raises(ModelError, match=r"6 tensors are declared trainable but did not change: .*pre_layrnorm"):
+        verify_moved(model, before, plan)
+
+
 def test_bfloat16_weights_lose_small_updates_and_say_so(tiny_llava: Path) -> None:
     plan = replace(PLANS["full"], weights="bfloat16", lr=1e-4, projector_lr=1e-4)
     model = apply(load(tiny_llava, torch.bfloat16), plan)
@@ -172,7 +189,9 @@ def test_bfloat16_weights_lose_small_updates_and_say_so(tiny_llava: Path) -> Non
     before = snapshot(model)
     train_step(model, plan)
     # Weights of 1, in the norms, are 1/128 apart: an update of 1e-4 is rounded away.
-    assert "llm: 16 tensors moved, 5 did not (updates below bfloat16's resolution)" in verify_moved(model, before, plan)
+    assert "llm: 16 tensors moved, 5 did not (updates below their weights' resolution)" in verify_moved(
+        model, before, plan
+    )
     none = replace(plan, lr=1e-9)
     model = apply(load(tiny_llava, torch.bfloat16), none)
     before = snapshot(model)

@@ -55,6 +55,8 @@ def test_no_module_is_named_like_a_dependency() -> None:
         (["-m", "encoders.export.command"], 2),
         (["-m", "encoders.inspection.command", "--help"], 0),
         (["-m", "llava_adapter.publish", "--help"], 0),
+        (["-m", "llava_adapter.data", "--help"], 0),
+        (["-m", "eval.chat_command", "--help"], 0),
         (["-m", "eval.run", "--help"], 0),
         (["-m", "eval.compare", "--help"], 0),
         (["-m", "eval.zero_shot_run", "--help"], 0),

@@ -41,7 +41,8 @@ def test_reports_are_ordered_by_step_whenever_they_are_written(tmp_path: Path) -
                 book.write()
         written[every] = (out / "bad_samples.jsonl").read_bytes()
         assert book.state() == {"seen": 300, "bad": 9, "bytes": len(written[every])} | {
-            "by_reason": {"no image": 6, "no web caption": 3}
+            "by_reason": {"no image": 6, "no web caption": 3},
+            "counts": {},
         }
     assert written[1] == written[3]
     assert [(report["step"], report["id"]) for report in lines(tmp_path / "1")][:4] == [(1, 2), (1, 5), (1, 8), (2, 2)]

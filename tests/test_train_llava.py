@@ -4,8 +4,11 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from encoders import manifest
-from encoders.errors import UsageError
+from encoders.errors import DataError, UsageError
 from llava_adapter import quantised
 from llava_adapter.save import load_llava
 from train import llava_plan, llava_task, tune_llava
@@ -56,6 +59,7 @@ def test_every_stage_resumes_from_any_checkpoint(stage: str, sources: Sources, c
     files = sorted(out.rglob("*.safetensors"))
     finished = {file: load_file(file) for file in files if "checkpoints" not in file.parts}
     assert (out / "adapter" / "adapter_model.safetensors" in finished) == (stage in ("lora", "qlora", "tower"))
+    assert {tensor.dtype for tensor in finished[out / "model.safetensors"].values()} == {torch.bfloat16}
     seal = manifest.read(out, "llava")
     assert seal.metrics["held_out_loss"] > 0
     assert seal.config[stage]["optim"]["lr"] == 1e-3
@@ -144,6 +148,24 @@ def test_sharded_training_gives_the_same_losses_and_folder(
         torch.testing.assert_close(found[name], tensor, **close, msg=name)  # type: ignore[arg-type]
 
 
+def test_what_does_not_fit_is_counted_over_the_whole_run(sources: Sources, chats: Path, tmp_path: Path) -> None:
+    """Three epochs, of which one step is logged and one comes after a resume."""
+    settings: dict[str, Any] = {"data.max_length": 176, "run.batch_size": CONVERSATIONS, "run.steps": 3}
+    settings |= {"run.log_every": 3, "run.save_every": 1}
+    run = config("lora", tmp_path / "run", chats, sources("lora"), **settings)
+    processor = load_llava(sources("lora")["llava"], torch.float32)[1]
+    samples = llava_task.Sets.read(run, processor, "llama3").train
+    one_epoch = Counter({name: sum(samples[i][name] for i in range(len(samples))) for name in llava_task.SHORTENED})
+    assert one_epoch["lost_turns"] > 1
+    train(run, float32=False)
+    for _ in range(2):
+        metrics = manifest.read(run.run.out, "llava").metrics
+        assert {name: metrics[name] for name in one_epoch} == {name: 3 * number for name, number in one_epoch.items()}
+        (run.run.out / manifest.MANIFEST).unlink()
+        shutil.rmtree(run.run.out / "checkpoints" / "step-00000003")
+        train(replace(run, run=replace(run.run, resume=True)), float32=False)
+
+
 def test_the_plan_of_a_run_is_what_the_run_does(sources: Sources, chats: Path, tmp_path: Path) -> None:
     """Steps, tokens, checkpoint and operations against the run's own, counted by torch."""
     run = config(
@@ -153,7 +175,8 @@ def test_the_plan_of_a_run_is_what_the_run_does(sources: Sources, chats: Path, t
     assert "1 of 12 conversations: 1.00 epochs" in text
     model, processor = load_llava(sources("tower")["llava"], torch.float32)
     lengths = llava_plan.measure(run, processor, "llama3")
-    task = llava_task.LlavaTask(run, {}, model, processor, "llama3", sources("tower"))
+    sets = llava_task.Sets.read(run, processor, "llama3")
+    task = llava_task.LlavaTask(run, {}, model, processor, sets, sources("tower"))
     batch = task.collate([task.dataset[0, i] for i in range(CONVERSATIONS)])
     assert lengths.tokens * CONVERSATIONS == pytest.approx(batch["input_ids"].numel())
     assert lengths.supervised * CONVERSATIONS == pytest.approx((batch["labels"] != -100).sum().item())
@@ -189,7 +212,43 @@ def test_a_full_size_plan_needs_no_weights(tmp_path: Path) -> None:
     assert float(plan.split("of its speed; ")[1].split()[0]) == pytest.approx(wanted, rel=0.01)
 
 
-def test_qlora_without_bitsandbytes_is_refused_at_once(
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_missing_picture_is_told_before_any_weight_is_read(
+    stage: str, tiny_llava: Path, tiny_encoder: Path, tiny_llm: Path, tmp_path: Path
+) -> None:
+    """Of folders without weights: whoever reads them first fails otherwise."""
+    folders = {"encoder": tiny_encoder, "llm": tiny_llm}
+    if stage != "projector":
+        folders = {"llava": sealed(tiny_llava, tmp_path / "sealed")}
+    for name, folder in folders.items():
+        shutil.copytree(folder, tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
+    chats = write_chats(tmp_path / "chats", captions=True)
+    (chats.parent / "3-0.png").unlink()
+    run = config(stage, tmp_path / "run", chats, {name: tmp_path / name for name in folders})
+    with pytest.raises(DataError, match=r"entry 3 .*3-0\.png does not exist"):
+        llava_task.build(run)
+
+
+def test_the_plan_shows_pictures_as_the_run_does(
+    sources: Sources, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the recipe's geometry, whatever the LLaVA was saved with."""
+    run = config("lora", tmp_path / "run", chats, sources("lora"), **{"data.geometry": "pad"})
+    llava_task.build(run)
+    for text in (capsys.readouterr().out, llava_plan.describe(run, 1)):
+        assert "padded to a square with the mean colour" in text
+
+
+def test_held_out_batches_are_those_of_one_process(sources: Sources, chats: Path, tmp_path: Path) -> None:
+    run = config("lora", tmp_path / "run", chats, sources("lora"), held_out=chats, **{"run.micro_batches": 2})
+    task = llava_task.build(replace(run, run=replace(run.run, batch_size=8)))
+    assert task.held_out is not None
+    four = SimpleNamespace(num_processes=4, device=torch.device("cpu"))
+    sizes = [len(batch["id"]) for batch in task._held_out_batches(task.held_out, four)]  # type: ignore[arg-type]
+    assert sizes == [1] * CONVERSATIONS
+
+
+def test_qlora_without_bitsandbytes_or_under_fsdp_is_refused_at_once(
     sources: Sources, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(quantised, "find_spec", lambda name: None)
@@ -197,7 +256,19 @@ def test_qlora_without_bitsandbytes_is_refused_at_once(
     monkeypatch.setattr(sys, "argv", ["x", "--stage=qlora", f"--llava={llava}", f"--run.out={tmp_path / 'run'}"])
     with pytest.raises(UsageError, match="stage qlora needs bitsandbytes"):
         tune_llava.main()
+    monkeypatch.undo()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr(sys, "argv", ["x", "--stage=qlora", f"--llava={llava}", f"--run.out={tmp_path / 'run'}"])
+    with pytest.raises(UsageError, match=r"stage qlora does not run under FSDP2.*profiles/ddp\.yaml"):
+        tune_llava.main()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_weight_decay_is_refused_rather_than_forgotten() -> None:
+    plain = parse(LlavaConfig, "unused", ["--stage=lora", "--llava=x", "--optim.lr=1e-4"])
+    assert (plain.optim.lr, plain.optim.weight_decay) == (1e-4, 0.0)
+    with pytest.raises(UsageError, match=r"optim\.weight_decay is 0\.1 but a LLaVA stage has none"):
+        parse(LlavaConfig, "unused", ["--stage=lora", "--llava=x", "--optim.weight_decay=0.1"])
 
 
 @pytest.mark.parametrize(

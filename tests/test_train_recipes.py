@@ -192,7 +192,8 @@ def llava_config(stem: str) -> LlavaConfig:
 def test_a_llava_stage_takes_a_step(
     stem: str, tiny_encoder: Path, tiny_llm: Path, tiny_llava: Path, tmp_path: Path
 ) -> None:
-    """As the recipe says, but for sizes and paths: the tiny models have LLaMA-3's template."""
+    """As the recipe says, but for sizes and paths: the tiny models have LLaMA-3's template. The step is the warm-up's
+    first, and all that should train must be seen to move."""
     config = llava_config(stem)
     chats = write_chats(tmp_path / "chats", captions=config.stage == "projector")
     sources: dict[str, Any] = {"encoder": tiny_encoder, "llm": tiny_llm, "template": "llama3"}
@@ -203,7 +204,7 @@ def test_a_llava_stage_takes_a_step(
     config = replace(config, **sources, run=run, data=data, lora_r=4, lora_alpha=8)
     run.out.mkdir()
     accelerator = start.build_accelerator(run)
-    loop.train(llava_task.build(config), run, replace(config.optim, warmup_steps=0), StopRequest(), accelerator)
+    loop.train(llava_task.build(config), run, config.optim, StopRequest(), accelerator)
     seal = manifest.read(run.out, "llava")
     assert seal.metrics["samples_seen"] == 4
     assert (run.out / "adapter").is_dir() == (config.stage in ("lora", "qlora"))

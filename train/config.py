@@ -206,7 +206,8 @@ class LlavaConfig:
     dry_run: bool = False
     """Print what the run would do and cost, and stop."""
     run: RunConfig = field(default_factory=RunConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=0.0))
+    """Without weight decay, as LLaVA has none."""
     data: ChatData = field(default_factory=ChatData)
 
     def __post_init__(self) -> None:
@@ -217,6 +218,8 @@ class LlavaConfig:
                 raise UsageError(f"stage {self.stage} {problem} `{name}`; it reads {' and '.join(needed)}")
         if self.projector is not None and self.stage != "projector":
             raise UsageError(f"stage {self.stage} takes no `projector`; its llava has one")
+        if self.optim.weight_decay:
+            raise UsageError(f"optim.weight_decay is {self.optim.weight_decay} but a LLaVA stage has none; set it to 0")
         if self.stage == "tower" and (self.vision, self.language) == ("lora", "full"):
             raise UsageError(
                 "stage tower: `vision: lora` does not go with `language: full`; choose lora or full for both"

@@ -1,5 +1,5 @@
-"""What a run saw, over all ranks: samples used, bad ones by reason, and in bad_samples.jsonl every bad one by step, id,
-reason, shard and key, with the spare that stood in.
+"""What a run saw, over all ranks: samples used, bad ones by reason, whatever else its batches count, and in
+bad_samples.jsonl every bad one by step, id, reason, shard and key, with the spare that stood in.
 
 Counts are held in memory and in checkpoints; reports go to the file, so neither grows with the run.
 """
@@ -7,7 +7,7 @@ Counts are held in memory and in checkpoints; reports go to the file, so neither
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,17 @@ class Ledger:
         self.fewest = min(FEWEST, samples)
         self.seen = self.bad = 0
         self.by_reason: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
+        """Sums of the batches' `counts`, up to the last `gather`."""
+        self._my_counts: Counter[str] = Counter()  # not gathered yet
         self._mine: list[dict[str, Any]] = []  # not gathered yet
         self._lines: list[str] = []  # gathered, not written yet
         self._bytes = 0
 
-    def note(self, step: int, micro_batches: Iterable[Mapping[str, Any]]) -> int:
-        """Keep the reports of this rank's part of a step (from 1); returns their number."""
+    def note(self, step: int, micro_batches: Sequence[Mapping[str, Any]]) -> int:
+        """Keep the reports, and the counts, of this rank's part of a step (from 1); returns the reports' number."""
+        for batch in micro_batches:
+            self._my_counts.update(batch.get("counts", {}))
         reports = [{"step": step, **report} for batch in micro_batches for report in batch["bad"]]
         self._mine += reports
         return len(reports)
@@ -58,6 +63,9 @@ class Ledger:
         it."""
         reports = sorted(gather_object(self._mine), key=lambda report: (report["step"], report["id"]))
         self._mine = []
+        for counts in gather_object([dict(self._my_counts)]):
+            self.counts.update(counts)
+        self._my_counts.clear()
         self.by_reason.update(report["reason"] for report in reports)
         if self.accelerator.is_main_process:
             self._lines += [json.dumps(report, sort_keys=True) + "\n" for report in reports]
@@ -79,13 +87,14 @@ class Ledger:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, after `gather` and `write`."""
-        return {"seen": self.seen, "bad": self.bad, "by_reason": dict(self.by_reason), "bytes": self._bytes}
+        counted = {"by_reason": dict(self.by_reason), "counts": dict(self.counts)}
+        return {"seen": self.seen, "bad": self.bad, **counted, "bytes": self._bytes}
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
         """Go on from a checkpoint's state, or begin: what the file holds beyond it will be written again."""
         if state is not None:
             self.seen, self.bad, self._bytes = state["seen"], state["bad"], state["bytes"]
-            self.by_reason = Counter(state["by_reason"])
+            self.by_reason, self.counts = Counter(state["by_reason"]), Counter(state["counts"])
         if not self.accelerator.is_main_process:
             return
         there = self.file.stat().st_size if self.file.is_file() else 0

@@ -16,12 +16,12 @@ from torch import nn
 from transformers import LlavaConfig as ModelConfig
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from llava_adapter import compose, save, tuning
+from llava_adapter import compose, tuning
 from llava_adapter.chat import IGNORED, TEMPLATES, template_of
 from llava_adapter.data.dataset import ChatDataset
 from llava_adapter.data.readers import read_chats
 from train.config import LlavaConfig
-from train.llava_task import CAPTION_TEMPLATE, plan_of
+from train.llava_task import CAPTION_TEMPLATE, described, plan_of
 
 SAMPLE = 1000  # conversations that are tokenised
 H200 = 790e12  # FLOP/s of bfloat16 products that one reaches
@@ -77,8 +77,8 @@ def describe(config: LlavaConfig, processes: int) -> str:
             f"tokens      {per_step:,.0f} a step, {run.steps * per_step / 1e6:,.1f} M in all; "
             f"{micro * lengths.tokens:,.0f} at a time on each of {processes} process(es)",
             f"checkpoint  {_size(3 * trained)}, {run.keep} kept; finished folder {_size(folder)}",
-            f"memory      {_size(frozen + 4 * trained)} of weights, gradients and optimizer over all processes (DDP: "
-            "on each), and activations",
+            f"memory      {_size(frozen + 4 * trained)} of weights, gradients and optimizer (shared under FSDP2, else "
+            "each process holds all), and activations",
             f"hours       {hours:.2f} on {processes} H200 at {SHARE:.0%} of {H200 / 1e12:.0f} TFLOP/s; {here:.1f} on "
             f"{processes} of this machine's {_device().type} at {SHARE:.0%} of its speed; "
             f"{flops / 1e12:,.3f} TFLOP a step",
@@ -89,9 +89,8 @@ def describe(config: LlavaConfig, processes: int) -> str:
 def _parts(config: LlavaConfig) -> tuple[ModelConfig, LlavaProcessor, str]:
     """The model's config, its processor and the name of the template that the run would train on."""
     if config.llava is not None:
-        processor = save.load_processor(config.llava)
-        template = template_of(processor.tokenizer.chat_template)
-        return ModelConfig.from_pretrained(config.llava, local_files_only=True), processor, template
+        shape, processor = described(config.llava, config.data.geometry)
+        return shape, processor, template_of(processor.tokenizer.chat_template)
     assert config.encoder is not None
     assert config.llm is not None  # LlavaConfig refuses the stage without them
     plan = compose.draft(config.encoder, config.llm, config.template, config.data.geometry, torch.bfloat16)

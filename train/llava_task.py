@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers import LlavaConfig as ModelConfig
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from encoders import manifest
@@ -20,11 +21,12 @@ from llava_adapter.chat import IGNORED, TEMPLATES, template_of
 from llava_adapter.data.batch import collate
 from llava_adapter.data.dataset import ChatDataset, TrainingChats
 from llava_adapter.data.readers import read_chats
-from llava_adapter.geometry import with_geometry
+from llava_adapter.geometry import Geometry, with_geometry
 from llava_adapter.objective import AnswerObjective, checkpoint_activations
 from llava_adapter.quantised import load_quantised
 from train.config import LlavaConfig
 from train.loop import Artifact, Batch
+from train.optim import schedule
 
 SHORTENED = ("lost_turns", "cut_tokens")  # by data.max_length
 CAPTION_TEMPLATE = "plain"  # of LLaVA-1.5's first stage: the picture, then its caption
@@ -43,6 +45,7 @@ def projector(config: LlavaConfig) -> "LlavaTask":
     assert config.llm is not None  # LlavaConfig refuses the stage without them
     plan = compose.draft(config.encoder, config.llm, config.template, config.data.geometry, torch.bfloat16)
     print(plan)
+    chats = Sets.read(config, plan.processor, CAPTION_TEMPLATE)
     model = compose.build(plan, config.projector)
     origin = {
         "encoder": {"path": str(config.encoder), "fingerprint": manifest.fingerprint(plan.encoder)},
@@ -50,23 +53,30 @@ def projector(config: LlavaConfig) -> "LlavaTask":
         "template": config.template,
     }
     parents = {"encoder": plan.encoder, "llm": plan.llm}
-    return LlavaTask(config, origin, model, plan.processor, CAPTION_TEMPLATE, parents)
+    return LlavaTask(config, origin, model, plan.processor, chats, parents)
 
 
 def later(config: LlavaConfig) -> "LlavaTask":
     """Every other stage: a LLaVA that an earlier one wrote, on conversations."""
     assert config.llava is not None  # LlavaConfig refuses the stage without it
     origin = manifest.read(config.llava, "llava").config
+    shape, processor = described(config.llava, config.data.geometry)
+    print(compose.describe(shape, processor))
+    chats = Sets.read(config, processor, template_of(processor.tokenizer.chat_template))
     if config.stage == "qlora":
-        processor, model = save.load_processor(config.llava), load_quantised(config.llava, config.bits, torch.bfloat16)
+        model = load_quantised(config.llava, config.bits, torch.bfloat16)
     else:
-        model, processor = save.load_llava(config.llava, torch.bfloat16)
-    processor.image_processor = with_geometry(processor.image_processor, config.data.geometry)
-    print(compose.describe(model.config, processor))
+        model, _ = save.load_llava(config.llava, torch.bfloat16)
     if config.stage == "tower":  # no longer the tower of that fingerprint
         origin = {**origin, "encoder": {**origin["encoder"], "trained_further": True}}
-    template = template_of(processor.tokenizer.chat_template)
-    return LlavaTask(config, origin, model, processor, template, {"llava": config.llava})
+    return LlavaTask(config, origin, model, processor, chats, {"llava": config.llava})
+
+
+def described(llava: Path, geometry: Geometry) -> tuple[ModelConfig, LlavaProcessor]:
+    """Config of a LLaVA folder, and its processor with a recipe's geometry; no weight is loaded."""
+    processor = save.load_processor(llava)
+    processor.image_processor = with_geometry(processor.image_processor, geometry)
+    return ModelConfig.from_pretrained(llava, local_files_only=True), processor
 
 
 def plan_of(config: LlavaConfig) -> tuning.TunePlan:
@@ -84,6 +94,24 @@ def plan_of(config: LlavaConfig) -> tuning.TunePlan:
     return replace(plan, vision=config.vision, llm=config.language) if config.stage == "tower" else plan
 
 
+@dataclass(frozen=True)
+class Sets:
+    """The conversations of a run. Read before any weight is: a picture that is missing is told at once."""
+
+    train: ChatDataset
+    held_out: ChatDataset | None
+
+    @classmethod
+    def read(cls, config: LlavaConfig, processor: LlavaProcessor, template: str) -> "Sets":
+        """Open the files that the config names. Raises DataError as `read_chats` does."""
+        data, sets = config.data, []
+        for file in [data.chats] + ([config.held_out] if config.held_out is not None else []):
+            chats = read_chats(file, data.images, data.missing)
+            print(chats.findings)
+            sets.append(ChatDataset(chats, processor, TEMPLATES[template], data.max_length))
+        return cls(sets[0], sets[1] if len(sets) > 1 else None)
+
+
 class LlavaTask:
     """See train.loop.Task."""
 
@@ -93,15 +121,14 @@ class LlavaTask:
         origin: dict[str, Any],
         model: LlavaForConditionalGeneration,
         processor: LlavaProcessor,
-        template: str,
+        chats: Sets,
         parents: dict[str, Path],
     ):
         self.name: str = config.stage
         self.stage, self.processor, self.plan = config, processor, plan_of(config)
         self.config = {**origin, config.stage: _settings(config)}
         self.parents = {**parents, "chats": config.data.chats}
-        chats = self._chats(config.data.chats, template)
-        self.held_out = self._chats(config.held_out, template) if config.held_out is not None else None
+        self.held_out = chats.held_out
         if config.packing:
             packing.enable(model)
         self.model = tuning.apply(model, self.plan).train()
@@ -110,16 +137,10 @@ class LlavaTask:
         self.module: nn.Module = AnswerObjective(self.model)
         self.entries: tuple[str, ...] = ()
         self.data_fingerprint = manifest.fingerprint(config.data.chats)
-        self.dataset: Dataset[dict[str, Any]] = TrainingChats(chats, config.run.seed)
-        self.shards: Shards = Unsharded(len(chats))
+        self.dataset: Dataset[dict[str, Any]] = TrainingChats(chats.train, config.run.seed)
+        self.shards: Shards = Unsharded(len(chats.train))
         self.max_bad_fraction = config.data.max_bad_fraction
         self.before: dict[str, Tensor] = tuning.snapshot(self.model)
-
-    def _chats(self, file: Path, template: str) -> ChatDataset:
-        data = self.stage.data
-        chats = read_chats(file, data.images, data.missing)
-        print(chats.findings)
-        return ChatDataset(chats, self.processor, TEMPLATES[template], data.max_length)
 
     def collate(self, examples: list[dict[str, Any]]) -> Batch:
         batch = collate(examples, self.processor.tokenizer.pad_token_id, self.stage.packing)
@@ -127,7 +148,7 @@ class LlavaTask:
             **batch,
             "sample_ids": [example["sample_id"] for example in examples],
             "bad": [report for example in examples for report in example["bad"]],
-            "shortened": torch.tensor([sum(example[name] for example in examples) for name in SHORTENED]),
+            "counts": {name: sum(example[name] for example in examples) for name in SHORTENED},
         }
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -145,8 +166,7 @@ class LlavaTask:
                 loss = module(batch)["loss_sum"] * accelerator.num_processes / tokens
                 accelerator.backward(loss)
             total += loss.detach()
-        shortened = accelerator.reduce(sum(batch["shortened"] for batch in micro_batches), "sum")
-        return {"loss": total, "tokens": tokens.float(), **dict(zip(SHORTENED, shortened.float(), strict=True))}
+        return {"loss": total, "tokens": tokens.float()}
 
     def adopt(self, module: nn.Module) -> None:
         assert isinstance(module, AnswerObjective)
@@ -160,7 +180,10 @@ class LlavaTask:
         images = torch.tensor(sum(len(batch["pixel_values"]) for batch in micro_batches), device=accelerator.device)
         if not accelerator.reduce(images, "sum"):
             return None  # the projector had nothing to learn from
-        found = tuning.verify_moved(self.model, self.before, self.plan) if accelerator.is_main_process else ""
+        found = ""
+        if accelerator.is_main_process:
+            share = schedule(0, self.stage.run.steps, self.stage.optim.warmup_steps)
+            found = tuning.verify_moved(self.model, self.before, self.plan, share)
         self.before = {}
         return f"first step with a picture: what should train has moved. {found}"
 
@@ -170,12 +193,14 @@ class LlavaTask:
         if self.held_out is None:
             return {}
         self.module.eval()
-        totals = [self.module(batch) for batch in self._held_out_batches(self.held_out, accelerator.device)]
+        totals = [self.module(batch) for batch in self._held_out_batches(self.held_out, accelerator)]
         self.module.train()
         return {"held_out_loss": float(sum(t["loss_sum"] for t in totals) / sum(t["tokens"] for t in totals))}
 
-    def _held_out_batches(self, chats: ChatDataset, device: torch.device) -> Iterator[Batch]:
-        size = max(1, self.stage.run.batch_size // self.stage.run.micro_batches)
+    def _held_out_batches(self, chats: ChatDataset, accelerator: Accelerator) -> Iterator[Batch]:
+        """Of the size that training has on one process: what fits there fits here."""
+        run, device = self.stage.run, accelerator.device
+        size = run.batch_size // (run.micro_batches * accelerator.num_processes)
         for first in range(0, len(chats), size):
             samples = [chats[i] for i in range(first, min(first + size, len(chats)))]
             batch = collate(samples, self.processor.tokenizer.pad_token_id, self.stage.packing)

@@ -63,7 +63,8 @@ class Task(Protocol):
     max_bad_fraction: float
 
     def collate(self, examples: list[dict[str, Any]]) -> Batch:
-        """Examples -> batch; needs `sample_ids` and `bad` beside the tensors."""
+        """Examples -> batch; needs `sample_ids` and `bad` beside the tensors. `counts` (name -> number) are summed into
+        the finished run's metrics."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups for AdamW."""
@@ -289,7 +290,8 @@ def _seal(task: Task, run: RunConfig, ledger: Ledger, accelerator: Accelerator) 
         made = task.finish(run.out, accelerator)
         files = (path.relative_to(run.out) for path in run.out.rglob("*") if path.is_file())
         names = [path.as_posix() for path in files if path.parts[0] not in RECORDS]
-        metrics = {**made.metrics, "samples_seen": ledger.seen, "bad_samples": dict(sorted(ledger.by_reason.items()))}
+        saw = {"samples_seen": ledger.seen, "bad_samples": dict(sorted(ledger.by_reason.items()))}
+        metrics = {**made.metrics, **ledger.counts, **saw}
         manifest.seal(run.out, made.kind, task.config, made.parents, metrics, files=names)
         print(f"finished {run.out} ({made.kind})")
     accelerator.wait_for_everyone()

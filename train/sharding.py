@@ -14,11 +14,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_m
 from torch.distributed.tensor import DTensor
 
 
+def is_asked_for() -> bool:
+    """Whether the launcher's profile is one of FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def plugin() -> FullyShardedDataParallelPlugin | None:
     """Accelerate's FSDP options as the launcher's profile set them; None without such a profile."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
-        return None
-    return FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy())
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy()) if is_asked_for() else None
 
 
 def layers(module: nn.Module) -> list[str]:

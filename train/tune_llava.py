@@ -7,7 +7,7 @@ Every stage writes a LLaVA folder; those with LoRA the merged one, with its adap
 run would do, write and take, and stops.
 """
 
-from encoders.errors import run_command
+from encoders.errors import UsageError, run_command
 from train.config import LlavaConfig, parse
 
 
@@ -16,8 +16,14 @@ def main() -> None:
     # Torch comes in only once the config is known to be right.
     if config.stage == "qlora":
         from llava_adapter.quantised import require_bitsandbytes
+        from train import sharding
 
         require_bitsandbytes()
+        if sharding.is_asked_for():
+            raise UsageError(
+                "stage qlora does not run under FSDP2, which cannot shard weights of 4 or 8 bits; launch it with "
+                "train/profiles/ddp.yaml (every GPU holds the whole model), or take stage lora"
+            )
     if config.dry_run:
         from train import llava_plan
 

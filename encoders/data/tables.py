@@ -233,6 +233,8 @@ class DatasetRows:
         for name, feature in data.features.items():
             if isinstance(feature, datasets.Image):
                 data = data.cast_column(name, datasets.Image(decode=False))
+            elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+                data = data.cast_column(name, datasets.List(datasets.Image(decode=False)))
         self.folder, self._data = folder, data
         self.sizes = np.array([len(chunk) for chunk in data.data.column(0).chunks], dtype=np.int64)
 
