@@ -8,10 +8,10 @@ Works on statistics that are functions of row weights, many draws at once. W dra
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]  # weights (W, n) -> values (R, W)
@@ -127,7 +127,7 @@ def difference(base: Sample, other: Sample, design: Design, undirected: bool = F
     doubt = of_pictures**2 / design.freedom + sum(between**2 / freedom for _, between, freedom in seeds)
     freedom = min(variance**2 / doubt, MOST_FREEDOM) if doubt else MOST_FREEDOM
     error = math.sqrt(variance)
-    reach = student(0.975, freedom) * error
+    reach = float(stdtrit(freedom, 0.975)) * error  # Student's t
     word = "within noise"
     if design.count < FEW_PICTURES:
         word = "few images"
@@ -135,7 +135,7 @@ def difference(base: Sample, other: Sample, design: Design, undirected: bool = F
         word = "differs" if undirected else "better" if value > 0 else "worse"
     luck = math.sqrt(sum(luck for luck, _, _ in seeds)) if seeds else None
     # A two-sided test at 5 % with 80 % power; where no answer differs there is nothing to judge it by.
-    detectable = reach + student(0.8, freedom) * error if error else None
+    detectable = reach + float(stdtrit(freedom, 0.8)) * error if error else None
     return Difference(value, value - reach, value + reach, error, luck, detectable, word)
 
 
@@ -145,18 +145,6 @@ def _luck(sample: Sample) -> tuple[float, float]:
     between = float(sample.scores.var(ddof=1)) / seeds
     by_pictures = float((sample.values - sample.scores[:, None]).var(axis=0, ddof=1).mean()) / seeds
     return max(0.0, between - by_pictures), between
-
-
-@lru_cache(maxsize=1024)
-def student(level: float, freedom: float) -> float:
-    """The quantile of Student's t at a level above one half.
-
-    With t = sqrt(freedom) tan(angle) its density in the angle is a power of the cosine, on a finite range.
-    """
-    angle = np.linspace(0, np.pi / 2, 50_001)
-    density = np.cos(angle) ** (freedom - 1)
-    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return math.sqrt(freedom) * math.tan(float(np.interp((level - 0.5) * 2 * mass[-1], mass, angle)))
 
 
 def _without_singles(strata: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -164,7 +164,8 @@ def eval_transform(image: Tensor, size: int, config: PreprocessConfig) -> Tensor
     CLIPImageProcessor's way."""
     sides = [size, size] if config.resize == "squash" else [size]
     resized = TF.resize(image, sides, interpolation=InterpolationMode(config.interpolation), antialias=True)
-    return TF.center_crop(resized, [size, size])
+    top, left = ((side - size) // 2 for side in resized.shape[-2:])  # torchvision's own rounds some up
+    return TF.crop(resized, top, left, size, size)
 
 
 def _draw_crop(
