@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "0"  # read on import; the tests that need a Hub 
 import pytest
 import torch
 from huggingface_hub.utils import disable_progress_bars
+from PIL import ImageFile
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -151,6 +152,12 @@ def tiny_llava(tiny_encoder: Path, tiny_llm: Path, tmp_path_factory: pytest.Temp
     folder = tmp_path_factory.mktemp("tiny") / "llava"
     save_llava(model, processor, folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _torn_pictures_are_torn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lmms-eval tells Pillow, for the whole process, to show what there is of a torn picture in grey."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
 @pytest.fixture(scope="session", autouse=True)

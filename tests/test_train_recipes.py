@@ -248,8 +248,11 @@ def test_a_demo_of_the_same_shape_stands_beside_each_full_size_recipe(stem: str)
 
 
 def shape(content: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a recipe, but for sizes."""
-    nested = {name: shape(value) if isinstance(value, dict) else None for name, value in content.items()}
+    """The keys of a recipe, but for sizes and for what kind of data set it reads."""
+    nested = {
+        name: shape(value) if isinstance(value, dict) and "path" not in value else None
+        for name, value in content.items()
+    }
     return {name: value for name, value in nested.items() if name not in SIZES}
 
 
