@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import CLIPVisionModel
 
-from encoders.manifest import write_json
+from encoders.manifest import fingerprint, write_json
 from encoders.pretrained import load_strict
 from llava_adapter import compose
 from llava_adapter.chat import TEMPLATES
@@ -30,7 +30,8 @@ from llava_adapter.data.readers import read_chats
 from llava_adapter.objective import AnswerObjective
 from llava_adapter.save import load_llava
 from train.config import RECIPES
-from train.swap import TRAIN, Runner, Stage
+from train.pipeline import Runner, Stage
+from train.swap_plan import TRAIN
 
 ROOT = TRAIN.parent
 SCENES = {"classes": 200, "image-size": 64, "max-objects": 1, "train": 16000, "chats": 9000, "bench-images": 300}
@@ -181,7 +182,13 @@ def training(
 
 
 def held_out_losses(places: Places, arm: str, seed: int) -> dict[str, float]:
-    """Loss per supervised token on held-out captions and conversations: untrained projector, stage 1, stage 2."""
+    """Loss per supervised token on held-out captions and conversations: untrained projector, stage 1, stage 2.
+
+    Kept, and taken again only for another stage 2.
+    """
+    kept, llava = places.work / f"{arm}_losses.json", fingerprint(places.arm(arm, "llava"))
+    if kept.is_file() and (known := json.loads(kept.read_text()))["llava"] == llava:
+        return dict(known["losses"])
     torch.manual_seed(seed)
     untrained = compose.compose(places.arm(arm, "encoder"), places.llm, "chatml", torch.bfloat16)
     found = {}
@@ -194,6 +201,7 @@ def held_out_losses(places: Places, arm: str, seed: int) -> dict[str, float]:
             file = places.chats(stem, held_out=True)
             data = ChatDataset(read_chats(file, places.scenes, "error"), processor, TEMPLATES[template], 2048)
             found[f"{stem} {stage}"] = loss(model, data, processor.tokenizer.pad_token_id)
+    write_json(kept, {"llava": llava, "losses": found})
     return found
 
 
@@ -227,7 +235,7 @@ def table(losses: dict[str, dict[str, float]], report: dict[str, Any], places: P
         f"{PROJECTOR['run.steps']} steps of stage 1 and {LORA['run.steps']} of stage 2 (LoRA), of "
         f"{LORA['run.batch_size']} conversations each.",
         "The arms differ in the tower's weights alone. The trained one finds "
-        f"{100 * metrics['test_i2t_r1']:.0f} % of 500 unseen scenes' captions at rank 1.",
+        f"{100 * metrics['i2t_r1']:.0f} % of 500 unseen scenes' captions at rank 1.",
         "",
         f"Loss per supervised token on {HELD_OUT} held-out conversations:",
         "",

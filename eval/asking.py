@@ -95,8 +95,7 @@ class Asking:
         """Whether the journal answers all of a chunk; then it is taken from there, and no picture is read."""
         found = (self._line(chunk, number) for number in range(len(chunk.questions)))
         lines = [line for line in found if line is not None]
-        known = {row["question"] for line in lines for row in line["rows"]}
-        if known != set(range(len(chunk.questions))):
+        if sorted(row["question"] for line in lines for row in line["rows"]) != list(range(len(chunk.questions))):
             return False
         for line in lines:
             self._take(chunk, line)
@@ -111,10 +110,12 @@ class Asking:
             for asked, batches in reading.rounds:
                 left = []  # place in the round, number in the chunk
                 for place, number in zip(range(len(batches)), numbers, strict=False):
-                    if (line := self._line(reading.chunk, number)) is None:
-                        left.append((place, number))
-                    else:
+                    line = self._line(reading.chunk, number)
+                    # Where a picture could not be read before, other questions stood in the batch.
+                    if line is not None and _rows_of(line) == _places(reading.chunk, batches[place]):
                         self._take(reading.chunk, line)
+                    else:
+                        left.append((place, number))
                 if left:
                     missing = replace(asked, batches=[asked.batches[place] for place, _ in left])
                     yield (reading.chunk, [(number, batches[place]) for place, number in left]), missing
@@ -124,15 +125,14 @@ class Asking:
         return self.journal.lines.get(f"{chunk.key}/{number}") if self.journal is not None else None
 
     def _write(self, chunk: Chunk, number: int, asked: Sequence[Asked], answers: Answers) -> None:
-        places = {question.place: index for index, question in enumerate(chunk.questions)}
         rows = []
-        for one, tokens in zip(asked, answers.rows, strict=True):
+        for place, one, tokens in zip(_places(chunk, asked), asked, answers.rows, strict=True):
             if isinstance(tokens, str):
                 self._fail(one.question, one.image_id, tokens)
                 continue
             rows.append(
                 {
-                    "question": places[one.question.place],
+                    "question": place,
                     "answer": self.reader.chat.text(tokens),
                     "image_id": one.image_id,
                     "prompt_tokens": one.prompt_tokens,
@@ -170,6 +170,17 @@ class Asking:
                 f"{question.task}: none of the first {GIVE_UP} questions could be answered; the last one, row "
                 f"{question.row} ({question.text!r}, picture {image_id or 'none'}): {reason}"
             )
+
+
+def _places(chunk: Chunk, asked: Sequence[Asked]) -> list[int]:
+    """Where the questions of a batch stand in their chunk."""
+    places = {question.place: index for index, question in enumerate(chunk.questions)}
+    return [places[one.question.place] for one in asked]
+
+
+def _rows_of(line: dict[str, Any]) -> list[int]:
+    """The same of a line of the journal."""
+    return [row["question"] for row in line["rows"]]
 
 
 MEASURED = ("seconds_encode", "seconds_answer", "batch_size", "peak_bytes")

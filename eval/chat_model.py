@@ -4,7 +4,8 @@ Works with any folder that stock LlavaForConditionalGeneration loads. Prompts co
 Shapes: B batch, N image tokens, L prompt tokens, D width of the LLM.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ class ChatProcessor:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.config: Any = LlavaConfig.from_pretrained(folder, local_files_only=True)
-        self.processor: Any = load_processor(folder)
+        with _readable(f"{folder}: its config or processor"):
+            self.config: Any = LlavaConfig.from_pretrained(folder, local_files_only=True)
+            self.processor: Any = load_processor(folder)
         self.tokenizer = self.processor.tokenizer
         template = self.processor.chat_template or self.tokenizer.chat_template
         if template is None:
@@ -110,7 +112,8 @@ class ChatProcessor:
     def _stop_ids(self, folder: Path) -> set[int]:
         stops = {self.tokenizer.eos_token_id, self._turn_end()}
         if (folder / "generation_config.json").is_file():
-            named = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+            with _readable(str(folder / "generation_config.json")):
+                named = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
             stops |= {named} if named is None or isinstance(named, int) else set(named)
         return stops - {None}
 
@@ -191,6 +194,15 @@ class ChatModel(ChatProcessor):
         return tokens[:-1] if tokens and tokens[-1] in self.stop_ids else tokens
 
 
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """What transformers raises for missing or damaged files, as a ModelError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{what} cannot be read: {error}; save the folder again") from error
+
+
 def device_of(name: str) -> torch.device:
     """The device of a name; "auto" is the GPU where there is one. Raises UsageError if torch sees none."""
     if name == "auto":
@@ -199,6 +211,12 @@ def device_of(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device {name!r} was asked for but torch sees no GPU; use --device cpu")
     return device
+
+
+def hardware(name: str) -> str:
+    """What a device of this name is: answers of another in the same dtype may differ. Raises UsageError as above."""
+    device = device_of(name)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def dtype_of(name: str) -> torch.dtype:

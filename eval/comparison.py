@@ -14,7 +14,16 @@ import numpy as np
 from encoders.errors import UsageError
 from eval.benchmarks import Bench
 from eval.bootstrap import Design
-from eval.encoder_figures import Parity, Ranks, ZeroShot, encoder_folder, read_parity, read_ranks, read_zero_shot
+from eval.encoder_figures import (
+    Parity,
+    Ranks,
+    ZeroShot,
+    check_origin,
+    encoder_folder,
+    read_parity,
+    read_ranks,
+    read_zero_shot,
+)
 from eval.flips import FLIPS_SHOWN, Flips, choose_flips
 from eval.measures import Measure, Subtask, measures_of, paired, picture_of, subtasks_of, verdict_of
 from eval.metrics import weighted_mean
@@ -129,6 +138,8 @@ def compare(
     shown = {flip.image_id for bench in benches for side in bench.flips for flip in side.shown if flip.image_id}
     ranks = read_ranks(encoders) if encoders else None
     named_encoders: Sequence[Path | None] = encoders or [None for _ in arms]
+    exported = [encoder_folder(arm, named) for arm, named in zip(arms, named_encoders, strict=True)]
+    check_origin(encoders, exported)
     return Comparison(
         names=[arm.name for arm in arms],
         seeds=[len(arm.runs) for arm in arms],
@@ -136,7 +147,7 @@ def compare(
         benches=benches,
         retrieval=compare_retrieval(ranks, draws, seed) if ranks is not None else None,
         zero_shot=read_zero_shot(encoder_scores) if encoder_scores else [],
-        parity=[read_parity(arm, encoder_folder(arm, named)) for arm, named in zip(arms, named_encoders, strict=True)],
+        parity=[read_parity(arm, folder) for arm, folder in zip(arms, exported, strict=True)],
         differing=differing,
         shared=shared,
         same_encoder=len({run.results["encoder"]["fingerprint"] for run in runs}) == 1,
@@ -219,4 +230,5 @@ def _provenance(run: Run) -> dict[str, Any]:
         "results": run.manifest.fingerprint,
         "model": run.results["model"],
         "encoder": run.results["encoder"],
+        "training_recorded": bool(run.results["settings"]["model"]),
     }

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 YES_NO = ("yes", "no")
+CAPTIONS = "annotations_captions"
+LINE_BREAK = re.compile(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
 
 
@@ -127,7 +129,7 @@ def _check_gqa_pictures(bench: Bench, sources: Mapping[str, Source]) -> None:
             )
 
 
-def _check_caption_ids(bench: Bench, sources: Mapping[str, Source]) -> None:
+def _check_captions(bench: Bench, sources: Mapping[str, Source]) -> None:
     import pyarrow
 
     table = bench.tables[0]
@@ -137,11 +139,18 @@ def _check_caption_ids(bench: Bench, sources: Mapping[str, Source]) -> None:
             f"{sources[table.repository].path}: NoCaps needs a number of its own for each picture, but image_id is of "
             f"type {ids.type} with {len(ids.unique())} values in {len(ids)} rows; {_again(table)}"
         )
+    for row, references in enumerate(_column(sources[table.repository], table, CAPTIONS)[CAPTIONS].to_pylist()):
+        # The tokenizer reads a caption a line, and has spaces for \n alone: what follows would be of other pictures.
+        if broken := next((text for text in references if LINE_BREAK.search(text.replace("\n", " "))), None):
+            raise DataError(
+                f"{sources[table.repository].path}: row {row} has the reference {broken!r}, which is not one line; "
+                f"{_again(table)}"
+            )
 
 
 CONTENT: dict[str, Callable[[Bench, Mapping[str, Source]], None]] = {
     "mme": _check_pairs,
     "pope": _check_truths,
     "gqa": _check_gqa_pictures,
-    "nocaps_val": _check_caption_ids,
+    "nocaps_val": _check_captions,
 }

@@ -120,12 +120,27 @@ def encoder_folder(arm: Arm, named: Path | None) -> Path | None:
     return None
 
 
+def check_origin(named: Sequence[Path], exported: Sequence[Path | None]) -> None:
+    """Raise DataError if a named encoder run is not the one that its arm's encoder was exported from."""
+    for path, folder in zip(named, exported, strict=bool(named)):
+        if folder is None or manifest.read(path).kind != "encoder-run":
+            continue
+        origin = manifest.read(folder).parents.get("run")
+        if origin is not None and origin.fingerprint != manifest.fingerprint(path):
+            raise DataError(
+                f"{path} is not the run that {folder} was exported from ({origin.path}); name the encoders in the "
+                "order of the arms"
+            )
+
+
 def read_parity(arm: Arm, folder: Path | None) -> Parity:
     """The certificate of the encoder that an arm's LLaVA was made from. Raises DataError if it is damaged."""
     if folder is None:
         return Parity("", "the exported encoder is not where the LLaVA says it came from; name it with --encoders")
     made_from = arm.runs[0].results["settings"]["model"].get("encoder")
-    if made_from is not None and manifest.fingerprint(folder) != made_from["fingerprint"]:
+    if made_from is None:
+        return Parity("", "the LLaVA does not say which encoder it was made from")
+    if manifest.fingerprint(folder) != made_from["fingerprint"]:
         raise DataError(f"{folder} is not the encoder that {arm.runs[0].results['model']['path']} was made from")
     if not (folder / PARITY).is_file():
         return Parity(str(folder), f"it holds no {PARITY}")

@@ -73,13 +73,16 @@ def fetch(benches: Sequence[Bench], to: Path, revision: str | None = None) -> di
     for bench in benches:
         for table in bench.tables:
             wanted.setdefault(table.repository, []).append(table)
-            commits[table.repository] = revision or bench.revision or "main"
+            commits.setdefault(table.repository, "")
+            commits[table.repository] = revision or commits[table.repository] or bench.revision
     done = {}
     for repository, tables in wanted.items():
         record = read_fetched(to).get(repository)
         if revision is not None or not _holds(record, tables, to / repository):
-            with _explained(repository, commits[repository], to):
-                record = _fetch(repository, tables, commits[repository], to, record)
+            # A bench that names no commit is content with the one that is there.
+            commit = commits[repository] or (record["revision"] if record is not None else "main")
+            with _explained(repository, commit, to):
+                record = _fetch(repository, tables, commit, to, record)
         assert record is not None
         done[repository] = record
     return done

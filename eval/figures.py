@@ -5,6 +5,7 @@ from itertools import count
 
 from eval.bootstrap import Difference
 from eval.comparison import Measure
+from eval.summary import number
 
 RUN_COLOURS = ("#8b93a5", "#3553c9", "#c2571a", "#0f766e", "#8a3ea8")  # the baseline is grey
 VERDICT_COLOURS = {
@@ -58,10 +59,9 @@ def overview(rows: Sequence[tuple[str, Measure]], names: Sequence[str]) -> str:
         for run, score in enumerate(measure.scores):
             share = max(0.0, score / measure.ceiling)
             y, width = top + run * STEP, share * (BARS[1] - BARS[0])
-            shown = f"{100 * score:.1f}" if measure.percent else f"{score:.0f}"
             parts.append(
                 f'<rect x="{BARS[0]}" y="{y + 2}" width="{width:.1f}" height="{STEP - 4}" fill="{run_colour(run)}"/>'
-                f'<text x="{BARS[0] + width + 6:.1f}" y="{y + 15}" font-size="13">{shown}</text>'
+                f'<text x="{BARS[0] + width + 6:.1f}" y="{y + 15}" font-size="13">{number(measure, score)}</text>'
             )
         for run, one in enumerate(measure.differences, 1):
             if one.low is not None and one.high is not None:

@@ -11,9 +11,11 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
+import llava_adapter
 from encoders import manifest
 from encoders.errors import EvaluationIncomplete, UsageError
 
@@ -66,8 +68,13 @@ def working_place(out: Path) -> Iterator[Path]:
     with (place / "lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UsageError(f"another eval-mllm is writing {out}; wait for it or choose another --out") from error
+        except OSError as error:
+            raise UsageError(
+                f"{place / 'lock'} cannot be locked against a second run ({error}); choose an --out on a "
+                "file system with locks"
+            ) from error
         yield place
 
 
@@ -85,22 +92,27 @@ def cannot_write(file: Path, error: OSError) -> EvaluationIncomplete:
 
 def identity(model: Path, settings: Mapping[str, Any]) -> str:
     """Hash of what decides an answer besides the question: the model's folder by content (weights, processor, chat
-    template, generation settings), how it is asked, and the libraries.
+    template, generation settings), how it is asked, the libraries and our own code.
 
     Raises DataError if the folder has a manifest that is not true of it.
     """
+    # In full: a copy may have the size and the time of other weights.
+    sealed = manifest.verify(model, full=True).files if (model / manifest.MANIFEST).is_file() else {}
     digest = hashlib.sha256()
-    if (model / manifest.MANIFEST).is_file():
-        digest.update(manifest.verify(model).fingerprint.encode())
-    else:
-        for file in sorted(model.iterdir()):
-            if file.suffix in FILES:
-                digest.update(f"\0{file.name}\0{manifest.fingerprint(file)}".encode())
-    digest.update(json.dumps([settings, manifest.library_versions()], sort_keys=True).encode())
+    for file in sorted(model.iterdir()):
+        if file.suffix in FILES and file.name != manifest.MANIFEST:
+            content = sealed[file.name].sha256 if file.name in sealed else manifest.fingerprint(file)
+            digest.update(f"\0{file.name}\0{content}".encode())
+    for file in sorted(file for folder in CODE for file in folder.glob("*.py")):
+        digest.update(f"\0{file.name}\0{manifest.fingerprint(file)}".encode())
+    versions = manifest.library_versions() | {name: metadata.version(name) for name in LIBRARIES}
+    digest.update(json.dumps([settings, versions], sort_keys=True).encode())
     return digest.hexdigest()
 
 
-FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")  # of a foreign model folder; not its logs or its card
+FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")  # of a model folder; not its logs or its card
+LIBRARIES = ("tokenizers", "pillow", "datasets", "numpy", "jinja2")  # that prompts and pixels also come from
+CODE = (Path(__file__).parent, Path(llava_adapter.__file__).parent)
 
 
 def _digest(body: bytes) -> bytes:

@@ -118,7 +118,7 @@ class EncoderSwapLlava(lmms):
         self.seconds = time.perf_counter() - began
         if asking.failures and not self.keep_failures:
             raise EvaluationIncomplete(failure_message(names, self.failures, len(requests)))
-        return [asking.texts.get(place, "") for place in range(len(requests))]
+        return ["" if place in asking.failures else asking.texts[place] for place in range(len(requests))]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Not offered: the tasks this model is for are scored by what it says."""

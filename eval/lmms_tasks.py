@@ -77,7 +77,11 @@ def foreign_bench(name: str) -> Bench:
         raise UsageError(
             f"{name} scores each answer in {len(filters)} ways (filter_list); eval-mllm takes one at a time"
         )
-    means = [str(entry["metric"]) for entry in task.get("metric_list", []) if entry.get("aggregation") == "mean"]
+    means = [
+        str(entry["metric"])
+        for entry in task.get("metric_list", [])
+        if entry.get("aggregation") == "mean" and entry.get("higher_is_better", True)  # more is called better
+    ]
     limit = (task.get("generation_kwargs") or {}).get("max_new_tokens", ANSWER_LIMIT)
     return Bench(
         name=name,

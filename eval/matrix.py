@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ TOO_FEW_REPORTS = "a matrix is made of several reports: name two report.json or 
 
 @dataclass(frozen=True)
 class Report:
-    """What one language model's report.json says; `asked` is the questions and pictures of each benchmark."""
+    """What one language model's report.json says; `asked`: of each benchmark its questions, pictures,
+    protocol and the fingerprint of the questions."""
 
     llm: str
     file: Path
@@ -35,7 +37,9 @@ class Report:
     seeds: list[int]
     encoders: list[str]
     """Fingerprint of every arm's encoder."""
-    asked: dict[str, tuple[int, int]]
+    models: set[str]
+    """Fingerprints of the LLaVAs."""
+    asked: dict[str, tuple[int, int, Any, Any]]
     headline: dict[tuple[str, str], Measure]
     """(bench, metric) -> measure."""
     allowed: bool
@@ -82,7 +86,14 @@ def read_report(file: Path, llm: str) -> Report:
             arms=content["names"],
             seeds=content["seeds"],
             encoders=[arm[0]["encoder"]["fingerprint"] for arm in arms],
-            asked={bench["bench"]: (bench["questions"], bench["images"]) for bench in content["benches"]},
+            models={run["model"]["fingerprint"] for run in content["runs"]},
+            asked={
+                bench["bench"]: (
+                    *(bench["questions"], bench["images"], bench["protocol"]),
+                    bench["dataset"]["fingerprint"],
+                )
+                for bench in content["benches"]
+            },
             headline=headline,
             allowed=content["allowed"],
             failed=sum(sum(bench["failed"]) for bench in content["benches"]),
@@ -98,7 +109,7 @@ def _measure(raw: dict[str, Any]) -> Measure:
 
 def combine(reports: Sequence[Report]) -> Matrix:
     """Line the reports up. Raises UsageError for fewer than two, DataError if they have not the same arms in the same
-    order, not the same encoders, or asked other questions."""
+    order, not the same encoders, asked other questions, or are about the same models."""
     if len(reports) < 2:
         raise UsageError(TOO_FEW_REPORTS)
     first = reports[0]
@@ -113,12 +124,20 @@ def combine(reports: Sequence[Report]) -> Matrix:
                 raise DataError(
                     f"{arm} has another encoder in {report.file} than in {first.file}; compare the same ones"
                 )
-        for bench in first.asked.keys() & report.asked.keys():
-            if first.asked[bench] != report.asked[bench]:
+        for bench in sorted(first.asked.keys() & report.asked.keys()):
+            if first.asked[bench][:2] != report.asked[bench][:2]:
                 raise DataError(
                     f"{bench} has {first.asked[bench][0]} questions in {first.file}, {report.asked[bench][0]} in "
                     f"{report.file}; evaluate with the same --data and --limit"
                 )
+            if first.asked[bench] != report.asked[bench]:
+                raise DataError(
+                    f"{bench} is not asked alike in {first.file} and {report.file}: another protocol, or as many other "
+                    "questions; evaluate with the same --data and one version of this toolkit"
+                )
+    for left, right in combinations(reports, 2):
+        if left.models & right.models:
+            raise DataError(f"{left.file} and {right.file} are about the same model; name one for each language model")
     keys = dict.fromkeys(key for report in reports for key in report.headline)
     return Matrix(
         llms=[report.llm for report in reports],
@@ -136,7 +155,12 @@ def verdict(matrix: Matrix, arm: int) -> str:
     for at, llm in enumerate(matrix.llms):
         cells = [cell.differences[arm - 1].verdict for row in matrix.rows if (cell := row.cells[at]) is not None]
         counts = Counter(cells)
-        words = [f"{word} in {counts[word]}" for word in ("better", "worse") if counts[word]] or ["within noise"]
+        few = counts["few images"]
+        words = [f"{word} in {counts[word]}" for word in ("better", "worse") if counts[word]]
+        if not words and few < len(cells):
+            words = ["within noise"]
+        if few:
+            words.append(f"too few images in {few}")
         parts.append(f"with {llm} {' and '.join(words)} of {len(cells)}")
     everywhere = [
         f"{name(row)} ({words[0]})"

@@ -4,13 +4,12 @@ The PTB tokenizer takes one caption a line and returns one a line. A carriage re
 caption would move every caption after it to the wrong picture, without an error; pycocoevalcap replaces only \\n.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from lmms_eval.api.filter import Filter
 
-LINE_BREAK = re.compile(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
+from eval.data_check import LINE_BREAK
 
 
 class OneLine(Filter):

@@ -7,6 +7,8 @@ given a row that notes what is looked at: what looks at pictures only gives the 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import date, time, timedelta
+from decimal import Decimal
 from typing import Any
 
 from datasets import Dataset
@@ -52,11 +54,15 @@ class Pictures:
                 raise TypeError(f"it shows a {type(odd[0]).__name__}, which is no picture")
             pictures = [picture.convert("RGB") for picture in shown]
         except Exception as error:  # damaged files raise all kinds of errors
+            self._refine(document.seen)  # else the rows that seemed alike would fail with this one
             raise DataError(f"{self.task}: the picture of row {row} cannot be read: {_told(error)}") from error
-        if not document.seen <= self.columns:
-            self.columns |= document.seen
-            raise LooksAtMore
+        self._refine(document.seen)
         return pictures
+
+    def _refine(self, seen: set[str]) -> None:
+        if not seen <= self.columns:
+            self.columns |= seen
+            raise LooksAtMore
 
 
 class _Watched(Mapping[str, Any]):
@@ -93,7 +99,16 @@ def _bytes(value: Any) -> bytes:
     if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
         content: bytes = value["bytes"]
         return content
-    return json.dumps(value, default=str, sort_keys=True).encode()
+    return json.dumps(value, default=_plain, sort_keys=True).encode()
+
+
+def _plain(value: Any) -> str:
+    """A value that JSON does not know, by its content: the text of a picture names its address, which others get."""
+    if isinstance(value, Image.Image):
+        return picture_id(value)
+    if isinstance(value, bytes | date | time | timedelta | Decimal):
+        return repr(value)
+    raise TypeError(f"a {type(value).__name__} decides which picture is shown; eval-mllm cannot tell two of them apart")
 
 
 def _told(error: BaseException) -> str:

@@ -70,8 +70,14 @@ def greedy(
     """The most likely tokens after each suffix, up to a stop token (left out) or `max_new_tokens`.
 
     `prefix_of` is each row's place in `memory`; no memory: the suffixes are whole prompts. Raises FloatingPointError if
-    a logit is not finite: the most likely token would be an arbitrary one.
+    a logit is not finite: the most likely token would be an arbitrary one; ValueError for suffixes of different length
+    where the model's sliding window is too short for them: it would count the padding before them.
     """
+    if memory is not None and len(set(map(len, suffixes))) > 1:
+        longest = memory.mask.shape[1] + max(map(len, suffixes)) + max_new_tokens
+        window = model.config.get_text_config().to_dict().get("sliding_window")
+        if window is not None and longest > window:
+            raise ValueError(f"up to {longest} tokens do not fit the sliding window of {window}; ask one by one")
     ids, mask = _left_padded(suffixes, model.device)  # (B, Ls)
     cache: Cache = DynamicCache()
     if memory is not None:

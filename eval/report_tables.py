@@ -220,12 +220,14 @@ def cost_section(comparison: Comparison) -> str:
     for bench in comparison.benches:
         for name, cost in zip(comparison.names, bench.costs, strict=True):
             seconds = (cost.seconds_encode, cost.seconds_answer, cost.seconds_score)
+            asked = bench.questions - cost.answers_reused  # the others' time is not in the seconds
+            each = (sum(seconds[:2]) / asked + cost.seconds_score / bench.questions) if asked > 0 else None
             rows.append(
                 [
                     text(title(bench.bench)),
                     text(name),
                     *(f"{part:,.1f}" for part in seconds),
-                    f"{1000 * sum(seconds) / bench.questions:,.1f}",
+                    "" if each is None else f"{1000 * each:,.1f}",
                     f"{cost.prompt_tokens / bench.questions:,.1f}",
                     f"{cost.new_tokens / bench.questions:,.1f}",
                     f"{cost.peak_memory_bytes / 2**30:,.2f}",

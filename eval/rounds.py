@@ -7,7 +7,7 @@ a question that fails even alone is reported with its reason, and the others are
 import resource
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -63,22 +63,22 @@ class Answerer:
     chat: ChatModel
     batch_size: int
     seconds: dict[str, float] = field(default_factory=lambda: {"encode": 0.0, "answer": 0.0})
+    memory: Memory | None = None  # of a round's prefixes
 
     def answers(self, asked: Round) -> Iterator[Answers]:
         """The answers batch by batch, in order."""
-        memory = None
+        self.memory = None
         if 0 < len(asked.prefixes) <= self.batch_size:
-            try:
-                memory = self._remember(asked, range(len(asked.prefixes)))
-            except Exception:  # of one picture perhaps, or of all together: each batch finds out for its own
-                memory = None
+            # Of one picture perhaps, or of all together: each batch finds out for its own.
+            with suppress(Exception):
+                self.memory = self._remember(asked, range(len(asked.prefixes)))
         for batch in asked.batches:
-            rows = self._batch(asked, batch, memory)
+            rows = self._batch(asked, batch)
             taken = self.seconds
             self.seconds = {"encode": 0.0, "answer": 0.0}
             yield Answers(rows, taken["encode"], taken["answer"], self.batch_size, peak_bytes(self.chat.device))
 
-    def _batch(self, asked: Round, batch: Sequence[Row], memory: Memory | None) -> list[list[int] | str]:
+    def _batch(self, asked: Round, batch: Sequence[Row]) -> list[list[int] | str]:
         """Answers of a batch, in pieces of what fits; in pieces of one once something else went wrong."""
         done: list[list[int] | str] = []
         alone = False
@@ -86,13 +86,13 @@ class Answerer:
             size = 1 if alone else self.batch_size
             piece = batch[len(done) : len(done) + size]
             try:
-                done += self._piece(asked, piece, memory)
+                done += self._piece(asked, piece, shared=not alone)
                 continue
             except Exception as error:
                 full, reason = out_of_memory(error), f"{type(error).__name__}: {error}"
             # Not inside `except`: there the error still holds what filled the memory.
-            memory = None
             if full:
+                self.memory = None
                 _free(self.chat.device)
                 self.batch_size = max(1, len(piece) // 2)
             else:
@@ -101,8 +101,9 @@ class Answerer:
                 done.append(f"{reason} (asked on its own)")
         return done
 
-    def _piece(self, asked: Round, piece: Sequence[Row], memory: Memory | None) -> list[list[int]]:
+    def _piece(self, asked: Round, piece: Sequence[Row], shared: bool) -> list[list[int]]:
         places = [row.prefix for row in piece]
+        memory = self.memory if shared else None
         if memory is None and asked.prefixes:
             used = sorted(set(places))
             memory, places = self._remember(asked, used), [used.index(place) for place in places]

@@ -129,8 +129,12 @@ def evaluate(
         from eval.lmms_tasks import load_task
 
         tasks = {bench.name: load_task(bench) for bench in benches}
+        from eval.chat_model import hardware
         from eval.lmms_model import EncoderSwapLlava
 
+        # "auto" may be another device when a killed run goes on.
+        asked_how = {"device": hardware(settings["device"]), "dtype": settings["dtype"]}
+        asked_how["batch_size"] = settings["batch_size"]
         lm = EncoderSwapLlava(
             str(model),
             batch_size=settings["batch_size"],
@@ -138,7 +142,7 @@ def evaluate(
             dtype=settings["dtype"],
             processes=how["processes"],
             place=place,
-            identity=journal.identity(model, {name: settings[name] for name in ("device", "dtype", "batch_size")}),
+            identity=journal.identity(model, asked_how),
             keep_failures=True,
         )
         try:
@@ -193,7 +197,8 @@ def print_table(results: Mapping[str, Any]) -> None:
         # A task without a figure that can be compared still has those that it printed.
         shown = [metric for metric in entry["headline"] or entry["metrics"] if metric in entry["metrics"]]
         scores = [f"{entry['metrics'][metric] * (100 if entry['percent'] else 1):.2f}" for metric in shown]
-        facts = [str(entry[fact]) for fact in ("questions", "images", "empty", "unparsed")]
+        part = f" of {entry['of_questions']:,}" if entry["questions"] != entry["of_questions"] else ""
+        facts = [f"{entry['questions']:,}{part}", *(str(entry[fact]) for fact in ("images", "empty", "unparsed"))]
         facts += [str(len(entry["failed"])), f"{entry['seconds']:.0f}"]
         table.add_row(name, "\n".join(shown), "\n".join(scores), *facts)
     Console().print(table)

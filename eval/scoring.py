@@ -12,6 +12,7 @@ from typing import Any
 
 from encoders.errors import DataError
 from eval.benchmarks import Bench
+from eval.data_check import LINE_BREAK
 
 Sample = Mapping[str, Any]  # as lmms-eval logs it
 
@@ -57,11 +58,9 @@ def caption_scores(samples: Sequence[Sample]) -> list[float]:
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    from eval.one_line import LINE_BREAK
-
     texts = [[sample["nocaps_CIDEr"]["pred"], *sample["nocaps_CIDEr"]["answer"]] for sample in samples]
     for sample, (_, *references) in zip(samples, texts, strict=True):
-        if broken := next(filter(LINE_BREAK.search, references), None):
+        if broken := next((text for text in references if LINE_BREAK.search(text.replace("\n", " "))), None):
             raise DataError(f"nocaps: question {sample['doc_id']} has the reference {broken!r}, which is not one line")
     tokenizer = PTBTokenizer()
     said = tokenizer.tokenize({place: [{"caption": caption}] for place, (caption, *_) in enumerate(texts)})

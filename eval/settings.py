@@ -16,7 +16,8 @@ ENCODER = re.compile(
     r"(processor|image_processor|preprocess|vision_config|vision_feature_select_strategy"
     r"|image_tokens|image_seq_length|num_additional_image_tokens)(\.|$)"
 )
-NOT_ENCODER = re.compile(r"encoder\.vision_feature_layer$")  # the LLaVA's choice
+# The LLaVA's choice: the layer, and whether pictures are cropped or padded.
+NOT_ENCODER = re.compile(r"encoder\.vision_feature_layer$|(.*\.)?do_(pad|center_crop)$")
 SEED = re.compile(r"(.*\.)?seed$")
 # Settings of a training run that have no part in what it learns.
 IDLE = re.compile(r".*\brun\.(out|resume|workers|threads|log_every|eval_every|save_every|keep|tracker|hang_limit)$")

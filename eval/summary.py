@@ -50,6 +50,7 @@ COLOURS = {
     "within noise": "dim",
     "few images": "dim",
 }
+FEW_POINTS = 10  # a score of at most so many needs more digits
 
 
 def title(bench: str) -> str:
@@ -64,7 +65,9 @@ def label(metric: str) -> str:
 
 def number(measure: Measure, value: float) -> str:
     """A score in the unit that is shown: percent, or points of the benchmark."""
-    return f"{100 * value:.1f}" if measure.percent else f"{value:.1f}"
+    if measure.percent:
+        return f"{100 * value:.1f}"
+    return f"{value:.1f}" if measure.ceiling > FEW_POINTS else f"{value:.3f}"
 
 
 def signed(measure: Measure, value: float) -> str:
@@ -94,10 +97,27 @@ def attestation(comparison: Comparison) -> tuple[bool, str]:
     others = sum(setting.role == "other" for setting in comparison.differing)
     if others:
         return False, f"{others} setting{'s' * (others > 1)} besides the encoder differ{'s' * (others == 1)}"
+    if unknown := list(dict.fromkeys(run["name"] for run in comparison.runs if not run["training_recorded"])):
+        return False, (
+            f"They were evaluated alike, but how {_and(unknown)} {'were' if len(unknown) > 1 else 'was'} trained, and "
+            "with which language model, is not recorded"
+        )
     if comparison.same_encoder:
         return False, "All runs use the same encoder and the same settings"
     seeds = " and, within an arm, the seed" if max(comparison.seeds) > 1 else ""
-    return True, f"Everything but the encoder{seeds} is equal"
+    return True, f"Everything but the encoder{seeds} is equal{_mixed_arms(comparison)}"
+
+
+def _mixed_arms(comparison: Comparison) -> str:
+    """Arms whose encoders were themselves trained with several seeds, or that mix encoders: which, nothing tells."""
+    found = [setting for setting in comparison.differing if setting.key == "encoder.fingerprint"]
+    mixed = [
+        name
+        for one in found
+        for name, value in zip(comparison.names, one.values, strict=True)
+        if isinstance(value, list)
+    ]
+    return f"; the runs of {_and(mixed)} have different encoders, taken for seeds of one" if mixed else ""
 
 
 def covered(comparison: Comparison) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from encoders import manifest
 from encoders.errors import SwapError
 from eval.comparison import Comparison
 from eval.results import Arm, load_picture
@@ -28,6 +29,9 @@ def draw_views(arms: Sequence[Arm], comparison: Comparison, count: int) -> Views
     models = [Path(arm.runs[0].results["model"]["path"]) for arm in arms]
     if gone := [model for model in models if not (model / "config.json").is_file()]:
         return Views(missing=f"the model folder {gone[0]} is no longer there")
+    evaluated = [arm.runs[0].results["model"]["fingerprint"] for arm in arms]
+    if other := [model for model, known in zip(models, evaluated, strict=True) if manifest.fingerprint(model) != known]:
+        return Views(missing=f"the model folder {other[0]} was changed after its evaluation")
     try:
         return Views(patch_pictures(models, _images(arms[0], comparison, count)))
     except SwapError as error:

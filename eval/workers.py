@@ -6,6 +6,7 @@ error that names it; what it had answered is with the parent already.
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -18,6 +19,7 @@ from encoders.errors import EvaluationIncomplete, SwapError, UsageError
 from eval.chat_model import ChatModel, device_of, dtype_of
 from eval.rounds import Answerer, Answers, Round
 
+PATIENCE = 600  # seconds
 Key = Any  # whatever the caller knows a round by
 
 
@@ -113,8 +115,7 @@ class Workers:
                     key, asked = following
                     self._send(connection := idle.pop(), asked)
                     busy[connection] = (key, 0, len(asked.batches))
-            ready: list[Any] = wait(list(busy)) if busy else []
-            for connection in ready:
+            for connection in self._ready(list(busy)):
                 answers = self._receive(connection)
                 key, number, batches = busy[connection]
                 if number + 1 == batches:
@@ -137,8 +138,22 @@ class Workers:
             connection.close()  # a worker that waits for a question leaves by itself
         for worker in self.workers.values():
             worker.join(5)
-            worker.terminate()
+            worker.kill()  # of no use any more, and a stopped one would never hear a plain end
             worker.join()
+
+    def _ready(self, busy: list[Connection]) -> list[Any]:
+        """Those of the busy workers that have answered. Who is silent for long is named, and goes on: a batch of a
+        large model on a CPU takes its time, and only a person can tell."""
+        minutes = 0
+        while busy and not (ready := wait(busy, PATIENCE)):
+            minutes += PATIENCE // 60
+            names = ", ".join(self.names[connection] for connection in busy)
+            print(
+                f"warning: {names} has given no answer for {minutes} minutes; if it does not compute, end it: the same "
+                "command goes on from the answers so far",
+                file=sys.stderr,
+            )
+        return ready if busy else []
 
     def _send(self, connection: Connection, message: object) -> None:
         try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from result_folders import SETTINGS, changed, mme_rows, pope_rows, rewrite, two_runs, write_results
+from result_folders import COST, SETTINGS, changed, mme_rows, pope_rows, rewrite, two_runs, write_results
 
 from encoders import manifest
 from encoders.errors import DataError, UsageError
@@ -22,6 +22,8 @@ from eval.published import published_for
 from eval.report import render
 from eval.results import load_arm, load_run
 from eval.settings import compare_settings, role_of
+from eval.summary import attestation, number, signed
+from eval.views import draw_views
 from train.config import FREE_RUN_KEYS
 
 
@@ -316,6 +318,9 @@ def test_roles_of_settings() -> None:
         "model.encoder.path": "encoder",
         "processor.image_mean": "encoder",
         "eval.image_tokens": "encoder",
+        "image_processor.do_pad": "other",  # geometry is the recipe's
+        "processor.do_center_crop": "other",
+        "model.lora.data.geometry": "other",
         "model.lora.run.seed": "seed",
         "model.lora.run.out": "idle",
         "model.lora.run.steps": "other",
@@ -369,12 +374,74 @@ def test_retrieval_parity_and_zero_shot(tmp_path: Path) -> None:
         compared(c, c, encoder_scores=[scores[0], _zero_shot(tmp_path / "x.json", 0.5, pictures=7)])
 
 
-def _exported(path: Path) -> Path:
+def test_parity_retrieval_and_views_are_of_the_encoder_that_was_evaluated(tmp_path: Path) -> None:
+    """Not of whatever folder was named, or now lies where the model was."""
+    run, other = (write_ranks(tmp_path / name, [(at, 1)] * 20) for at, name in enumerate(("run", "other")))
+    exported = _exported(tmp_path / "export", run)
+    unknown = write_results(tmp_path / "a", pope_rows(60, 6, lambda *_: True), SETTINGS | {"model": {}})
+    assert "does not say" in compared(unknown, unknown, encoders=[exported, exported]).parity[0].missing
+    made_from = {"encoder": {"path": "export", "fingerprint": manifest.fingerprint(exported)}}
+    b = write_results(tmp_path / "b", pope_rows(60, 6, lambda *_: True), changed(model=made_from))
+    assert compared(b, b, encoders=[run, run]).retrieval is not None
+    with pytest.raises(DataError, match="other is not the run that .*export was exported from"):
+        compared(b, b, encoders=[run, other])
+
+    (tmp_path / "llava").mkdir()
+    (tmp_path / "llava" / "config.json").write_text("{}")
+    missing = draw_views([load_arm([b], "b")] * 2, compared(b, b), 1).missing
+    assert missing == f"the model folder {tmp_path / 'llava'} was changed after its evaluation"
+
+
+def test_nothing_is_attested_of_models_that_say_nothing_of_their_training(tmp_path: Path) -> None:
+    rows = pope_rows(60, 6, lambda *_: True)
+    a, b = (write_results(tmp_path / name, rows, SETTINGS | {"model": {}}, name) for name in ("0a", "0b"))
+    equal, sentence = attestation(compared(a, b))
+    assert not equal
+    assert "how 0a and 0b were trained, and with which language model, is not recorded" in sentence
+
+
+def test_seeds_whose_encoders_differ_are_named(tmp_path: Path) -> None:
+    rows = pope_rows(60, 6, lambda *_: True)
+    a, b, c = (write_results(tmp_path / name, rows, encoder=name) for name in ("0a", "0b", "0c"))
+    assert "the runs of 0a have different encoders" in attestation(compared([a, b], c))[1]
+
+
+def test_a_task_scored_from_0_to_1_keeps_its_digits(tmp_path: Path) -> None:
+    """A task of lmms-eval's that is not built in: its scores may be fractions."""
+    paths = []
+    for name, n in (("0a", 3), ("0b", 4)):
+        rows = [{**row, "bench": "pope"} for row in pope_rows(60, 1, lambda image, _, n=n: image % n > 0)]
+        path = write_results(tmp_path / name, rows, encoder=name, scored_by=["anls"], metrics={})
+        results = json.loads((path / "results.json").read_text())
+        results["benches"] = {"docvqa_val": results["benches"]["pope"]}
+        (path / "results.json").write_text(json.dumps(results))
+        rewrite(path, lambda rows: [{**row, "bench": "docvqa_val"} for row in rows])
+        paths.append(path)
+    comparison = compared(*paths)
+    (measure,) = comparison.benches[0].measures
+    assert (number(measure, measure.scores[0]), signed(measure, measure.differences[0].value)) == ("0.667", "+0.083")
+    page = render(comparison)
+    assert page.count(">0.667<") == 2  # in the table and in the figure
+
+
+def test_the_cost_of_a_question_counts_those_that_were_asked(tmp_path: Path) -> None:
+    cost = {"seconds_encode": 1.0, "seconds_answer": 2.0, "seconds_score": 0.36, "answers_reused": 300}
+    a, b = (
+        write_results(tmp_path / name, pope_rows(60, 6, lambda *_: True), encoder=name, cost={**COST, **cost, **more})
+        for name, more in (("0a", {}), ("0b", {"answers_reused": 360}))
+    )
+    page = render(compared(a, b))
+    assert "<td>51.0</td>" in page  # 3 s for 60 questions, 1 ms each for scoring
+    rows = page[page.index("<h2>Cost</h2>") :].split("</tr>")
+    assert "<td>0.4</td><td></td>" in rows[2]  # none was asked: there is nothing to tell
+
+
+def _exported(path: Path, run: Path | None = None) -> Path:
     path.mkdir()
     layer = {"max_relative_error": 2e-6, "min_cosine": 0.9999999}
     certificate = {"float32": {"bound": {"max_relative_error": 1e-5}, "layers": {"hidden_states[-2]": layer}}}
     (path / "parity.json").write_text(json.dumps(certificate))
-    manifest.seal(path, "encoder", {})
+    manifest.seal(path, "encoder", {}, {"run": run} if run is not None else {})
     return path
 
 

@@ -108,6 +108,12 @@ def wrong_size(case: Case) -> None:
         (folder / name).write_text((folder / name).read_text().replace("32", "40"))
 
 
+def no_image_processor(case: Case) -> None:
+    folder = case.own_model()
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (folder / name).unlink()
+
+
 def killed_worker(case: Case) -> None:
     """By the system, while it answers."""
 
@@ -176,19 +182,22 @@ FAULTS: dict[str, tuple[Callable[[Case], object], int, str]] = {
         4,
         "cannot be used",
     ),
-    "pictures of the wrong size": (
-        lambda case: (
-            [
-                (file := case.own_model() / name) and file.write_text(file.read_text().replace("32", "40"))
-                for name in ("preprocessor_config.json",)
-            ]
-            and [
-                file.write_text(file.read_text().replace("32", "40"))
-                for file in [case.place / "llava" / "processor_config.json"]
-            ]
-        ),
+    "pictures of the wrong size": (wrong_size, 4, "cannot be asked about a picture"),
+    "no image processor": (no_image_processor, 4, "llava.*processor.*cannot be read"),
+    "processor is no json": (
+        lambda case: (case.own_model() / "processor_config.json").write_text("{"),
         4,
-        "cannot be asked about a picture",
+        "llava.*processor.*cannot be read",
+    ),
+    "tokenizer is no json": (
+        lambda case: (case.own_model() / "tokenizer.json").write_text("{"),
+        4,
+        "llava.*processor.*cannot be read",
+    ),
+    "generation config is no json": (
+        lambda case: (case.own_model() / "generation_config.json").write_text("{"),
+        4,
+        "generation_config.json.*cannot be read",
     ),
     # On the way.
     "every answer fails": (lambda case: case.greedy(lambda rows: RuntimeError("kernel")), 5, "pope 9 of 9"),
@@ -224,6 +233,11 @@ FAULTS: dict[str, tuple[Callable[[Case], object], int, str]] = {
         lambda case: case.set(self_check="3") or case.patch.setattr(Asking, "_alone", lambda *_: "no, alone"),
         5,
         "3 of 3 questions have another answer",
+    ),
+    "self-check breaks down": (
+        lambda case: case.set(self_check="3") or case.patch.setattr(Asking, "_alone", raising(CUDA_FULL)),
+        5,
+        "pope: the self-check failed.*out of memory",
     ),
 }
 

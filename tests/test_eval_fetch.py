@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,6 @@ def push(server: HubServer, folder: Path) -> str:
 
 def unpinned(*names: str) -> list[Bench]:
     """Benches that take the newest commit: the loopback Hub has none of the commits of the real one."""
-    from dataclasses import replace
-
     return [replace(bench_of(name), revision="") for name in names]
 
 
@@ -134,6 +133,22 @@ def test_a_second_split_leaves_the_first(hub: HubServer, tmp_path: Path, origina
     record = fetch(unpinned("pope_adv"), tmp_path / "to")[f"{OWNER}/POPE"]
     assert record["tables"] == [["Full", "adversarial"], ["default", "test"]]
     assert record["files"] == ["Full/adversarial-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"]
+
+
+def test_a_commit_that_is_named_stays_whatever_else_is_fetched_of_its_repository(
+    hub: HubServer, tmp_path: Path, originals: Path
+) -> None:
+    """A bench of ours names the commit that its figures are known for; lmms-eval's own tasks name none."""
+    rows = [{"question": "Is it?", "answer": "no", "question_id": "1", "category": "a", "image": picture(0)}]
+    (whole := tmp_path / "whole" / "POPE").mkdir(parents=True)
+    write_repository(whole, {("default", "test"): rows, ("Full", "adversarial"): rows})
+    known = push(hub, whole)
+    push(hub, originals / OWNER / "POPE")
+    (pope,), (other,) = [replace(bench_of("pope"), revision=known)], unpinned("pope_adv")
+    for number, order in enumerate(([pope, other], [other, pope])):
+        assert fetch(order, tmp_path / f"together{number}")[f"{OWNER}/POPE"]["revision"] == known
+    fetch([pope], tmp_path / "apart")
+    assert fetch([other], tmp_path / "apart")[f"{OWNER}/POPE"]["revision"] == known
 
 
 def test_files_that_went_or_were_there_before_are_told(hub: HubServer, tmp_path: Path, originals: Path) -> None:

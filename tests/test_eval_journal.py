@@ -1,19 +1,24 @@
 """A killed eval-mllm goes on where it stopped and ends with the same samples; never with answers of other weights."""
 
+import fcntl
 import json
 import os
 import shutil
 import signal
 import traceback
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 from bench_sets import write_benches
+from datasets.utils._filelock import FileLock
 from safetensors.torch import load_file, save_file
 
+from encoders import manifest
 from encoders.errors import DataError, EvaluationIncomplete, UsageError
+from eval import journal as journal_module
 from eval import rounds, run
 from eval.journal import Journal, identity, working_place
 
@@ -71,6 +76,46 @@ def test_identity_is_of_content_and_of_how_is_asked(tiny_llava: Path, tmp_path: 
     assert identity(folder, {"dtype": "float32"}) != first
 
 
+def test_identity_covers_what_a_manifest_does_not_list_and_weights_of_the_same_time(
+    tiny_llava: Path, tmp_path: Path
+) -> None:
+    """A template laid into a sealed folder decides the answers too; a copy may keep size and time of other weights."""
+    folder = shutil.copytree(tiny_llava, tmp_path / "llava")
+    manifest.seal(folder, "llava", {})
+    first = identity(folder, {})
+    (folder / "chat_template.json").write_text("{}")
+    assert identity(folder, {}) != first
+    (folder / "chat_template.json").unlink()
+    assert identity(folder, {}) == first
+    change_a_weight(folder)
+    with pytest.raises(DataError, match=r"model\.safetensors is not the file"):
+        identity(folder, {})
+    manifest.seal(folder, "llava", {})
+    assert identity(folder, {}) != first
+
+
+def test_identity_is_of_our_code_and_of_the_libraries_that_decide_prompts_and_pixels(
+    tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = identity(tiny_llava, {})
+    works = metadata.version
+    for name in ("pillow", "tokenizers", "datasets"):
+        with monkeypatch.context() as patched:
+            patched.setattr(metadata, "version", lambda asked, name=name: "0" if asked == name else works(asked))
+            assert identity(tiny_llava, {}) != first, name
+    code = Path(shutil.copytree(Path(journal_module.__file__).parent, tmp_path / "eval"))
+    monkeypatch.setattr(journal_module, "CODE", (code, *journal_module.CODE[1:]))
+    assert identity(tiny_llava, {}) == first
+    (code / "prefix.py").write_text("changed")
+    assert identity(tiny_llava, {}) != first
+
+
+def test_a_file_system_without_locks_is_not_called_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(95, "Operation not supported")))
+    with pytest.raises(UsageError, match="cannot be locked .*not supported.*--out"), working_place(tmp_path / "out"):
+        pass
+
+
 def change_a_weight(folder: Path) -> None:
     """One number, with the file's size and time as they were."""
     file = folder / "model.safetensors"
@@ -117,6 +162,7 @@ def killed(words: list[str], out: Path, deadly: Callable[[], object]) -> None:
         try:
             signal.alarm(120)
             torch.set_num_threads(1)
+            FileLock._instances.clear()  # those that a run in this process left refuse to work in a fork
             deadly()
             run.main([*words, "--out", str(out), "--overwrite"])
         except BaseException:
@@ -164,6 +210,27 @@ def test_a_killed_run_ends_with_the_same_samples(words: list[str], whole: bytes,
     assert [path.name for path in tmp_path.iterdir() if "partial" not in path.name] == ["out"]
 
 
+def test_answers_of_another_device_are_not_taken_over(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --device auto, a run that a GPU began may go on where there is none."""
+    identities: list[str] = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_: object, identity: str, **__: object) -> None:
+        identities.append(identity)
+        raise Stop
+
+    monkeypatch.setattr("eval.lmms_model.EncoderSwapLlava", stop)
+    for device in ("cpu", "cpu", "NVIDIA H200"):
+        monkeypatch.setattr("eval.chat_model.hardware", lambda name, device=device: device)
+        with pytest.raises(Stop):
+            run.main([*words, "--out", str(tmp_path / "out")])
+    assert identities[0] == identities[1] != identities[2]
+
+
 @pytest.mark.slow
 def test_twenty_kills(words: list[str], whole: bytes, tmp_path: Path) -> None:
     """At every stage of a line, and between the last answer and the finished folder."""
@@ -201,19 +268,3 @@ def test_changed_weights_are_asked_anew(
     monkeypatch.setattr(rounds, "greedy", lambda *arguments: asked.append(len(arguments[3])) or greedy(*arguments))
     run.main([*words, "--out", str(out)])
     assert sum(asked) == 9
-
-
-def test_a_manifest_that_is_not_true_of_the_weights_is_refused(tiny_llava: Path, tmp_path: Path) -> None:
-    from encoders import manifest
-
-    folder = shutil.copytree(tiny_llava, tmp_path / "llava")
-    manifest.seal(folder, "llava", {})
-    first = identity(folder, {})
-    file = folder / "model.safetensors"
-    state = load_file(file)
-    state["language_model.lm_head.weight"][0, 0] += 1.0
-    save_file(state, file, metadata={"format": "pt"})
-    with pytest.raises(DataError, match=r"model\.safetensors is not the file"):
-        identity(folder, {})
-    manifest.seal(folder, "llava", {})
-    assert identity(folder, {}) != first

@@ -49,12 +49,17 @@ def write_report(file: Path, offset: float, words: tuple[str, str], *changes: Ch
     content: dict[str, Any] = {
         "names": list(ARMS),
         "seeds": [1, 2, 1],
-        "runs": [{"name": arm, "encoder": {"fingerprint": arm}} for arm in ("clip", "clips", "clips", "dreamlip")],
+        "runs": [
+            {"name": arm, "encoder": {"fingerprint": arm}, "model": {"fingerprint": f"{file} {at}"}}
+            for at, arm in enumerate(("clip", "clips", "clips", "dreamlip"))
+        ],
         "benches": [
             {
                 "bench": bench,
                 "questions": 100,
                 "images": 10,
+                "protocol": {"split": "test"},
+                "dataset": {"fingerprint": "d0"},
                 "failed": [0, 0, 0],
                 "measures": [asdict(one) for one in of_bench],
                 "flips": [],
@@ -134,6 +139,13 @@ def test_every_number_stands_in_its_cell(tmp_path: Path, capsys: pytest.CaptureF
     assert alone in " ".join(told.split())
 
 
+def test_few_images_are_not_called_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("few images", "few images")
+    one, two = (write_report(tmp_path / f"{n}.json", 0.0, words, lambda c: c["benches"].pop()) for n in "ab")
+    write_matrix(tmp_path, one, two)
+    assert "with llama too few images in 1 of 1; with small" in " ".join(capsys.readouterr().out.split())
+
+
 def test_what_a_report_warns_of_stands_on_top(tmp_path: Path) -> None:
     one = write_report(tmp_path / "a.json", 0.0, ("better", "worse"), lambda c: c.update(allowed=True))
     two = write_report(
@@ -164,6 +176,17 @@ FAULTS: dict[str, tuple[str, Change]] = {
     "other arms": ("same arms in the same order", lambda c: c["names"].reverse()),
     "another encoder": ("clips has another encoder", lambda c: c["runs"][1]["encoder"].update(fingerprint="x")),
     "other questions": ("pope has 100 questions .* 99", lambda c: c["benches"][0].update(questions=99)),
+    "as many other questions": (
+        "pope is not asked alike",
+        lambda c: c["benches"][0].update(dataset={"fingerprint": "d1"}),
+    ),
+    "another protocol": ("pope is not asked alike", lambda c: c["benches"][0].update(protocol={"split": "val"})),
+    "the same models": (
+        "are about the same model",
+        lambda c: c["runs"][3]["model"].update(
+            fingerprint=c["runs"][3]["model"]["fingerprint"].replace("b.json", "a.json")
+        ),
+    ),
     "no runs": (r"is no report\.json", lambda c: c.pop("runs")),
     "a measure without a score": (r"is no report\.json", lambda c: c["benches"][0]["measures"][0].pop("scores")),
     "a difference without an interval": (

@@ -1,7 +1,11 @@
 """Shared prefixes, batches and rounds give the answers of transformers' own one-by-one generate; what fails is told."""
 
 import json
+import os
+import re
 import shutil
+import signal
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +17,14 @@ from chat_tokenizers import write_sentencepiece
 from conftest import IMAGE_TOKENS, tiny_llama
 from PIL import Image
 from tokenizers import Tokenizer, processors
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
 from encoders.errors import DataError, EvaluationIncomplete, ModelError
-from eval import rounds
+from eval import rounds, workers
 from eval.asking import Asking
 from eval.chat_model import ChatModel, ChatProcessor
+from eval.journal import Journal
+from eval.pictures import picture_id
 from eval.prefix import greedy, remember, split_prompt
 from eval.reading import Question, Reader, chunks
 from eval.workers import Here, Workers
@@ -209,22 +215,45 @@ def test_a_model_that_answers_nothing_is_given_up(here: Here, monkeypatch: pytes
     assert sum(calls) < 200
 
 
-def test_two_workers_give_the_same_answers(here: Here, tiny_llava: Path) -> None:
+def test_two_workers_give_the_same_answers_or_are_named(
+    here: Here, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     questions = ask(Shown({row: [noise(row)] for row in range(9)}), [row % 9 for row in range(45)])
     expected = answered(here, questions, 2).texts
-    workers = Workers(tiny_llava, "cpu", "float32", 2, 2)
+    team = Workers(tiny_llava, "cpu", "float32", 2, 2)
+    silent, killed = team.workers.values()
+
+    def asking() -> Asking:
+        return Asking(Reader(here.chat, team.image_tokens, 2, None), team, None, lambda: None)
+
     try:
-        asking = Asking(Reader(here.chat, workers.image_tokens, 2, None), workers, None, lambda: None)
-        asking.run(questions)
-        assert asking.texts == expected
-        assert asking.check(questions, 3) == (3, [])
+        (first := asking()).run(questions)
+        assert first.texts == expected
+        assert first.check(questions, 3) == (3, [])
+
+        # One is stopped: nobody waits in silence.
+        os.kill(silent.pid, signal.SIGSTOP)
+        waits: list[float] = []
+
+        def wait(connections: Any, seconds: float) -> list[Any]:
+            waits.append(seconds)
+            if len(waits) == 3:
+                raise KeyboardInterrupt
+            return []
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(workers, "wait", wait)
+            asking().run(questions)
+        told = capsys.readouterr().err
+        assert re.findall(rf"worker 0 \(process {silent.pid}, cpu\).* for (\d+) minutes", told) == ["10", "20"]
+
         # One is killed while there is work: named, and nothing hangs.
-        next(iter(workers.workers.values())).kill()
-        again = Asking(Reader(here.chat, workers.image_tokens, 2, None), workers, None, lambda: None)
-        with pytest.raises(EvaluationIncomplete, match=r"worker 0 \(process \d+, cpu\) died \(exit code -9"):
-            again.run(questions)
+        killed.kill()
+        with pytest.raises(EvaluationIncomplete, match=r"worker 1 \(process \d+, cpu\) died \(exit code -9"):
+            asking().run(questions)
     finally:
-        workers.close()
+        team.close()
+    assert not silent.is_alive()
 
 
 TEXTS = "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
@@ -323,3 +352,69 @@ def test_a_template_that_shows_no_picture_is_refused(
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(ModelError, match=message):
         ChatProcessor(folder)
+
+
+def test_a_sliding_window_is_not_filled_with_padding(
+    tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts longer than the window: padding between prefix and words would push out what the model should see."""
+    folder = shutil.copytree(tiny_llava, tmp_path / "llava")
+    config = LlavaConfig.from_pretrained(tiny_llava)
+    llama = config.text_config
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config.text_config = MistralConfig(
+        **{name: getattr(llama, name) for name in names},
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        sliding_window=12,
+    )
+    torch.manual_seed(0)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    here = Here(folder, "cpu", "float32", 4)
+    questions = ask(Shown({1: [noise(1)]}), [1] * 4)
+    asking = answered(here, questions, 4)
+    assert not asking.failures
+    assert asking.check(questions, 4) == (4, [])
+
+
+def test_memory_of_a_round_is_let_go_when_the_batch_is_halved(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the retry has no more room than the attempt that failed."""
+    held: list[weakref.ref[Any]] = []
+    alive: list[bool] = []
+
+    def full_at_first(model: Any, memory: Any, *more: Any) -> list[list[int]]:
+        alive.append(bool(held) and held[0]() is not None)
+        held.append(weakref.ref(memory))
+        if len(held) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return greedy(model, memory, *more)
+
+    monkeypatch.setattr(rounds, "greedy", full_at_first)
+    questions = ask(Shown({1: [noise(1)]}), [1] * 4)
+    asking = answered(here, questions, 4)
+    assert not asking.failures
+    assert not any(alive)
+
+
+def test_a_picture_that_can_be_read_after_all_is_asked_about_when_a_run_goes_on(here: Here, tmp_path: Path) -> None:
+    """Its questions change who stands in which batch: no line of the journal may be taken for another batch's."""
+    pictures = {row: [noise(row)] for row in range(3)}
+    shown = Shown({row: pictures[row] for row in (1, 2)})
+    questions = ask(shown, [0, 1, 2, 0, 1, 2])
+    expected = answered(here, ask(Shown(pictures), [0, 1, 2, 0, 1, 2]), 2).texts
+
+    def go() -> Asking:
+        journal = Journal(tmp_path / "journal.jsonl")
+        asking = Asking(Reader(here.chat, here.image_tokens, 2, None), here, journal, lambda: None)
+        asking.run(questions)
+        journal.close()
+        return asking
+
+    here.answerer.batch_size = 2
+    assert sorted(go().failures) == [0, 3]
+    shown.pictures = pictures
+    for _ in range(2):
+        asking = go()
+        assert asking.texts == expected
+        assert not asking.failures
+    assert (asking.cost.reused, asking.cost.pictures) == (6, {picture_id(shown[0]) for shown in pictures.values()})

@@ -81,6 +81,11 @@ def damage(data: Path, what: str) -> None:
         rows = [row | {"image_id": str(row["image_id"])} for row in nocaps()]
         write_repository(home / "NoCaps", {("default", "validation"): rows})
 
+    elif what == "line break":
+        rows = [row | {"annotations_captions": ["a dog\n", "a cat"]} for row in nocaps()]
+        rows[1]["annotations_captions"] = ["a dog", "a\u2028cat"]
+        write_repository(home / "NoCaps", {("default", "validation"): rows})
+
 
 def textvqa_rows() -> list[dict[str, Any]]:
     from bench_sets import textvqa
@@ -104,6 +109,7 @@ DAMAGES = [
     ("truth", "pope", r"row 0 has the answer 'maybe'"),
     ("picture", "gqa", r"question 2 is about picture 'n2'"),
     ("ids", "nocaps", r"image_id is of type string"),
+    ("line break", "nocaps", r"row 1 has the reference 'a\\u2028cat', which is not one line"),
 ]
 
 

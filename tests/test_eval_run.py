@@ -93,9 +93,14 @@ def test_eval_mllm_answers_every_question_twice_alike_without_network_or_secrets
     assert sorted(benches.rglob("*")) == before
 
 
-def test_limit_takes_whole_pairs_of_mme(tiny_llava: Path, benches: Path, tmp_path: Path) -> None:
-    _, rows = evaluate(tiny_llava, benches, tmp_path / "out", "--bench", "mme", "--limit", "3")
+def test_limit_takes_whole_pairs_of_mme(
+    tiny_llava: Path, benches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, rows = evaluate(tiny_llava, benches, tmp_path / "out", "--bench", "mme", "--limit", "3")
     assert [(row["bench"], row["index"]) for row in rows] == [("mme", index) for index in range(4)]
+    # The scores of a part say so wherever they stand.
+    assert results["benches"]["mme"]["of_questions"] == 2374
+    assert "4 of 2,374" in " ".join(capsys.readouterr().out.split())
 
 
 def test_in_bfloat16_the_rate_of_flips_is_stated(tiny_llava: Path, benches: Path, tmp_path: Path) -> None:

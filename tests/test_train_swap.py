@@ -1,8 +1,12 @@
 """The whole thread, tiny: scenes -> two encoders -> two LLaVAs -> four benchmarks -> a report; and nothing twice."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,9 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
 from encoders import manifest
-from train.swap import Runner, Stage, StageFailed
+from encoders.errors import Preempted
+from train import ranks
+from train.swap import Runner, Stage, StageFailed, show
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -106,6 +112,78 @@ def test_runner_skips_resumes_and_sets_aside(tmp_path: Path) -> None:
     assert run("--fail") == 1  # and "two" has been set aside too
     assert len(list((tmp_path / "work" / "old").iterdir())) == 2
     assert "--resume" in (out / "runs.txt").read_text().splitlines()[-1]
+
+
+TRAINER = """
+import json, os, signal, sys, time, pathlib
+from encoders import manifest
+from train.ranks import Rank, _started
+import socket
+out = pathlib.Path(sys.argv[sys.argv.index("--run.out") + 1])
+out.mkdir(parents=True, exist_ok=True)
+if "--resume" in sys.argv:
+    manifest.seal(out, "encoder-run", {})
+    sys.exit()
+if os.fork():  # the launcher: a signal would kill it and leave its rank
+    os.wait()
+    sys.exit(1)
+def leave(number, frame):
+    time.sleep(0.3)
+    (out / "checkpoint").write_text(str(number))
+    os._exit(75)
+signal.signal(signal.SIGUSR1, leave)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+rank = Rank(0, socket.gethostname(), os.getpid(), _started(os.getpid()))
+manifest.write_json(out / "ranks.json", [rank.__dict__])
+print("steps", flush=True)
+time.sleep(20)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_swap_asked_to_stop_leaves_no_stage_behind(tmp_path: Path, number: int) -> None:
+    """The rank writes its checkpoint, the launcher and a stage without ranks end, and the next run goes on."""
+    recipe, out, work = tmp_path / "recipe.yaml", tmp_path / "work" / "a" / "pretrain", tmp_path / "work"
+    recipe.write_text("{run: {steps: 3}}")
+    other = (sys.executable, "-c", "import os, time; print('asks', os.getpid(), flush=True); time.sleep(20)")
+    stages = [
+        Stage("a/pretrain", ["--run.out", str(out)], [], out, [], (sys.executable, "-c", TRAINER), recipe),
+        Stage("b/results", [], [], work / "b" / "results", [], other),
+    ]
+    asked: list[int] = []
+
+    def stop() -> None:
+        logs = [work / "logs" / f"{stage.name}.log" for stage in stages]
+        deadline = time.monotonic() + 15
+        while time.monotonic() < deadline and not all(log.is_file() and log.read_text() for log in logs):
+            time.sleep(0.05)
+        asked.append(int(logs[1].read_text().split()[-1]))
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(Preempted, match="run the same command again"):
+        Runner(work, jobs=2).run(stages)
+    assert signal.getsignal(number) == before
+    assert (out / "checkpoint").read_text() == str(int(signal.SIGUSR1))
+    [rank] = ranks.read(out)
+    assert not rank.alive
+    with pytest.raises(ProcessLookupError):
+        os.kill(asked[0], 0)
+    assert Runner(work, jobs=1).states(stages) == {"a/pretrain": "continues", "b/results": "runs: it did not finish"}
+    assert "--resume" in show(stages, Runner(work, jobs=1))
+    assert Runner(work, jobs=1).run(stages[:1]) == 1
+
+
+def test_two_runs_do_not_work_in_one_folder(tmp_path: Path) -> None:
+    inner = (
+        "from pathlib import Path; from train.pipeline import Runner; from encoders.errors import run_command\n"
+        f"run_command(lambda: Runner(Path({str(tmp_path / 'work')!r}), 1).run([]))"
+    )
+    stage = Stage("a/one", [], [], tmp_path / "out", program=(sys.executable, "-c", inner))
+    with pytest.raises(StageFailed, match="ended with code 2"):
+        Runner(tmp_path / "work", jobs=1).run([stage])
+    assert "another train/swap.py works in" in (tmp_path / "work" / "logs" / "a" / "one.log").read_text()
 
 
 @pytest.fixture(scope="module")

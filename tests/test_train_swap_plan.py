@@ -150,6 +150,21 @@ def test_options_go_over_the_recipe_and_what_they_name_is_an_input(folder: Path)
     assert "micro_batches" not in words(stages, "run/llava")
 
 
+def test_data_of_an_option_and_of_a_recipe_that_names_none_are_inputs(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "bare.yaml").write_text(json.dumps({"model": {"objective": "clip"}}))
+    arms = {"bare": {"recipe": str(tmp_path / "bare.yaml")}, "run": {"source": str(folder / "run")}}
+    options = {"pretrain": ["--data.train.path=elsewhere", "--data.train.format=parquet"]}
+    cases: tuple[tuple[dict[str, list[str]], str], ...] = (
+        ({}, "runs/demo/scenes/shards/train"),
+        (options, "elsewhere"),
+    )
+    for given, train in cases:
+        stages = plan(config(folder, arms=arms, options=given))
+        [stage] = [stage for stage in stages if stage.name == "bare/pretrain"]
+        others = (f"runs/demo/scenes/shards/{split}" for split in ("val", "test"))
+        assert set(map(str, stage.inputs)) == {train, *others}
+
+
 FAULTS: dict[str, tuple[type[SwapError], str, dict[str, Any]]] = {
     "one arm": (UsageError, "at least two", {"arms": {"a": {"source": "run"}}}),
     "neither recipe nor source": (UsageError, "either `recipe`", {"arms": {"a": {}, "b": {"source": "run"}}}),
@@ -175,6 +190,9 @@ FAULTS: dict[str, tuple[type[SwapError], str, dict[str, Any]]] = {
     "an LLM named as a stage": (UsageError, "name of a folder", {"llm": None, "llms": {"llava": {}}}),
     "an LLM named as a seed": (UsageError, "name of a folder", {"llm": None, "llms": {"seed-1": {}}}),
     "llm and llms": (UsageError, "exclude each other", {"llms": {"a": {}}}),
+    "a dot in a name": (UsageError, r"arms\.report\.html", {"arms": {"report.html": {"source": "x"}}}),
+    "no question": (UsageError, "limit is 0 but must be at least 1", {"limit": 0}),
+    "an empty batch": (UsageError, "eval_batch_size is 0 but must be at least 1", {"eval_batch_size": 0}),
     "a comma in work": (UsageError, "has a comma", {"work": "runs/a,b"}),
     "a seed twice": (UsageError, "must differ", {"seeds": [1, 1]}),
     "a bench twice": (UsageError, "name each once", {"bench": ["mme", "mme"]}),

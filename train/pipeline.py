@@ -4,23 +4,30 @@ A stage is up to date when its command, its recipe and the fingerprints of its i
 output is untouched; `work/logs` remembers them and holds what each stage printed.
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from types import FrameType
 
 from encoders import manifest
-from encoders.errors import DataError, SwapError
+from encoders.errors import DataError, Preempted, SwapError, UsageError
+from train import ranks
 from train.config import FREE_RUN_KEYS, load_yaml
+from train.signals import SIGNALS
 
 UP_TO_DATE = "up to date"
+CONTINUES = "continues"
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,10 @@ class Stage:
     recipe: Path | None = None
     """YAML of a training stage, which can then resume."""
 
+    def words(self, state: str) -> list[str]:
+        """The command that a stage in this state is run by."""
+        return [*self.program, *self.command, *(["--resume"] if state == CONTINUES else [])]
+
 
 class StageFailed(SwapError):
     """A stage's command did not succeed."""
@@ -49,9 +60,19 @@ class Runner:
     def __init__(self, work: Path, jobs: int):
         self.work, self.jobs = work, jobs
         self.failed = threading.Event()
+        self.stopped: signal.Signals | None = None
+        self.processes: dict[str, tuple[Stage, int]] = {}  # of the stages at work, by name
 
     def run(self, stages: Sequence[Stage]) -> int:
-        """Returns how many stages had to run. Raises StageFailed naming the first that failed."""
+        """Returns how many stages had to run. Raises StageFailed naming the first that failed, Preempted if this
+        process was asked to stop, UsageError if another one works in the same folder."""
+        with self._alone(), self._stoppable():
+            ran = self._run(stages)
+            if self.stopped is not None:
+                raise self._preempted()
+            return ran
+
+    def _run(self, stages: Sequence[Stage]) -> int:
         began = time.monotonic()
         done: dict[str, Future[bool]] = {}
         with ThreadPoolExecutor(self.jobs) as pool:
@@ -88,17 +109,15 @@ class Runner:
 
     def _stage(self, stage: Stage) -> bool:
         """Run a stage unless it is up to date; returns whether it ran."""
-        if self.failed.is_set():
+        if self.failed.is_set() or self.stopped is not None:
             return False
         key = stage_key(stage)
         state = self._state(stage, key)
         if state == UP_TO_DATE:
             print(f"[{stage.name}] up to date")
             return False
-        command = [*stage.program, *stage.command]
-        if state == "continues":
-            command.append("--resume")
-        elif stage.recipe is not None and stage.out.exists():
+        command = stage.words(state)
+        if state != CONTINUES and stage.recipe is not None and stage.out.exists():
             self._set_aside(stage)
         record = self._record(stage)
         record.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +137,7 @@ class Runner:
             return "runs again: its settings or inputs have changed" if before else "runs"
         if "fingerprint" not in before:
             # The same run, interrupted: training can go on, what else there is starts anew.
-            return "continues" if stage.recipe is not None and stage.out.exists() else "runs: it did not finish"
+            return CONTINUES if stage.recipe is not None and stage.out.exists() else "runs: it did not finish"
         return UP_TO_DATE if _untouched(stage.out, before["fingerprint"]) else "runs again: its output was changed"
 
     def _record(self, stage: Stage) -> Path:
@@ -136,17 +155,82 @@ class Runner:
     def _execute(self, stage: Stage, command: list[str]) -> None:
         log = self.log(stage)
         quiet = {**os.environ, "TQDM_DISABLE": "1"}  # bars of libraries would fill the log
-        with log.open("w") as stream:
+        with log.open("w", buffering=1) as stream:  # readable while the stage runs
             process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=quiet
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                env=quiet,
+                start_new_session=True,  # so that a signal reaches it once, by us, and all that it started
             )
+            self.processes[stage.name] = stage, process.pid
+            if self.stopped is not None:  # it was, while the process started
+                _ask_to_leave(stage, process.pid)
             assert process.stdout is not None
-            for line in process.stdout:
+            for line in process.stdout:  # until the last process that it started is gone
                 stream.write(line)
                 if not line.isspace():
                     print(f"[{stage.name}] {line}", end="", flush=True)
-        if process.wait() != 0:
-            raise StageFailed(f"stage {stage.name} ended with code {process.returncode}; its output is in {log}")
+        code = process.wait()
+        del self.processes[stage.name]
+        if code != 0 and self.stopped is not None:
+            raise self._preempted()
+        if code != 0:
+            raise StageFailed(f"stage {stage.name} ended with code {code}; its output is in {log}")
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Two runs would train into the same folders."""
+        file = self.work / "logs" / "lock"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UsageError(f"another train/swap.py works in {self.work}; wait for it or name another") from error
+            yield
+
+    @contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """Signals are passed on to the stages, which would else go on for days without us."""
+        noted = [number for number in (*SIGNALS, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]  # nohup
+        before = {number: signal.signal(number, self._stop) for number in noted}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        again, self.stopped = self.stopped is not None, signal.Signals(number)
+        if not again and number != signal.SIGHUP:  # with which the terminal went
+            os.write(2, b"stopping: the stages at work are asked to leave; a second signal ends them at once\n")
+        for stage, leader in list(self.processes.values()):
+            if again:
+                with suppress(ProcessLookupError):
+                    os.killpg(leader, signal.SIGKILL)
+            else:
+                _ask_to_leave(stage, leader)
+
+    def _preempted(self) -> Preempted:
+        assert self.stopped is not None
+        return Preempted(
+            f"stopped by {self.stopped.name}; run the same command again: finished stages are kept and training goes "
+            "on from its last checkpoint"
+        )
+
+
+def _ask_to_leave(stage: Stage, leader: int) -> None:
+    """Ranks are asked themselves: launchers lose signals, or kill a rank that still writes its checkpoint."""
+    at_work = ranks.read(stage.out) if (stage.out / ranks.RANKS).is_file() else []
+    at_work = [rank for rank in at_work if rank.here and rank.alive]
+    with suppress(ProcessLookupError):  # it may have just ended
+        for rank in at_work:
+            os.kill(rank.pid, signal.SIGUSR1)
+        if not at_work:
+            os.killpg(leader, signal.SIGTERM)
 
 
 def stage_key(stage: Stage) -> str:

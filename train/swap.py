@@ -5,6 +5,7 @@
 Each stage is a command of the data-flow table, run as a subprocess; docs/swap.md has the keys of the YAML.
 """
 
+import shlex
 from collections.abc import Sequence
 
 from encoders.errors import run_command
@@ -36,7 +37,7 @@ def show(stages: Sequence[Stage], runner: Runner) -> str:
     for stage in stages:
         lines.append(f"{stage.name}: {states[stage.name]}")
         if states[stage.name] != UP_TO_DATE:
-            lines.append(f"    {' '.join([*stage.program, *stage.command])}")
+            lines.append(f"    {shlex.join(stage.words(states[stage.name]))}")
     late = sum(state != UP_TO_DATE for state in states.values())
     return "\n".join([*lines, f"{late} of {len(stages)} stages to run"])
 

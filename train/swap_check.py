@@ -6,10 +6,8 @@ Recipes go through the parsers of their own commands; encoders and LLMs are judg
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from encoders import manifest
-from encoders.data.spec import DataSpec
 from encoders.errors import DataError, ModelError, UsageError
 from encoders.inspection.stated import OPEN_CLIP_WEIGHTS, read_configs
 from encoders.sources.download import download
@@ -17,11 +15,11 @@ from eval.benchmarks import resolve
 from eval.preflight import check_requirements
 from eval.staging import check_datasets
 from llava_adapter.sources import model_folder
-from train.config import LlavaConfig, PretrainConfig, ResolutionConfig, parse
+from train.config import LlavaConfig
 from train.pipeline import Stage
 from train.swap_config import Arm, Llm, SwapConfig
+from train.swap_plan import data_of, parsed
 
-CONFIGS = {"pretrain": PretrainConfig, "resolution": ResolutionConfig}  # of the others: LlavaConfig
 CLIP_KINDS = ("clip", "clip_vision_model")
 
 
@@ -38,7 +36,7 @@ def check(config: SwapConfig, stages: Sequence[Stage], hub: bool) -> None:
     made = {stage.out for stage in stages}
     for stage in stages:
         if stage.recipe is not None:
-            _check_recipe(stage, made | {config.work / "scenes"})
+            _check_data(stage, made | {config.work / "scenes"})
     for name, arm in config.arms.items():
         if arm.source is not None:
             _check_source(name, arm, hub)
@@ -47,18 +45,12 @@ def check(config: SwapConfig, stages: Sequence[Stage], hub: bool) -> None:
             _check_llm(llm.model)
 
 
-def _check_recipe(stage: Stage, made: set[Path]) -> None:
-    """The stage's own parser, and its data, as far as this plan does not make it."""
-    kind = stage.name.rpartition("/")[2]
-    try:
-        config: Any = parse(CONFIGS.get(kind, LlavaConfig), "unused", stage.command)
-    except UsageError as error:
-        raise UsageError(f"stage {stage.name}: {error}") from error
+def _check_data(stage: Stage, made: set[Path]) -> None:
+    """The data of a training stage is there, as far as this plan does not make it."""
+    config = parsed(stage.name, stage.command)
+    data = data_of(config)
     if isinstance(config, LlavaConfig):
-        data = {"data.chats": config.data.chats, "data.images": config.data.images}
-    else:
-        splits = {f"data.{split}": getattr(config.data, split) for split in ("train", "val", "test")}
-        data = {key: where.path if isinstance(where, DataSpec) else where for key, where in splits.items()}
+        data["data.images"] = config.data.images
     for key, where in data.items():
         if not where.exists() and not any(out in (where, *where.parents) for out in made):
             raise DataError(f"stage {stage.name}: {key} is {where}, which does not exist; name it in {stage.recipe}")

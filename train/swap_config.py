@@ -13,7 +13,7 @@ from encoders.errors import UsageError
 from train.config import RECIPES, suggest
 
 RECIPE_STAGES = ("pretrain", "resolution", "projector", "tune")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 ARM_TAKEN = ("scenes", "llm", "logs", "old")
 LLM_TAKEN = ("pretrain", "resolution", "encoder", "projector", "llava", "results")
 SEED_FOLDER = re.compile(r"seed-[0-9]+")
@@ -94,8 +94,9 @@ class SwapConfig:
     def __post_init__(self) -> None:
         if len(self.arms) < 2:
             raise UsageError("`arms` must name at least two encoders, each as `name: {recipe: FILE}` or `{source: ID}`")
-        if self.jobs < 1:
-            raise UsageError(f"jobs is {self.jobs} but must be at least 1")
+        for name in ("jobs", "limit", "eval_batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UsageError(f"{name} is {value} but must be at least 1")
         if self.llm is not None and self.llms:
             raise UsageError("`llm` and `llms` exclude each other; name a single LLM, or all of them under `llms`")
         if len(set(self.seeds)) < len(self.seeds) or any(seed < 0 for seed in self.seeds):
@@ -118,7 +119,7 @@ def _check_names(what: str, names: Collection[str], taken: Collection[str]) -> N
     """Names become folders, on any file system, and words of a command."""
     for name in names:
         if not NAME.fullmatch(name):
-            raise UsageError(f"{what}: {name!r} must be letters, digits, `_`, `.` and `-`, the first a letter or digit")
+            raise UsageError(f"{what}: {name!r} must be letters, digits, `_` and `-`, the first a letter or digit")
         if name.lower() in taken or SEED_FOLDER.fullmatch(name.lower()):
             raise UsageError(f"{what}: {name!r} is the name of a folder of its own; choose another")
     for name, other in combinations(names, 2):

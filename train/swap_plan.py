@@ -8,15 +8,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from encoders import manifest
-from train.config import load_yaml
+from encoders.data.spec import DataSpec
+from encoders.errors import UsageError
+from train.config import LlavaConfig, PretrainConfig, ResolutionConfig, parse
 from train.pipeline import Stage
 from train.swap_config import Arm, Llm, SwapConfig
 
 TRAIN = Path(__file__).resolve().parent
 SCRIPTS = {"pretrain": "pretrain.py", "resolution": "finetune_resolution.py"}  # the others: tune_llava.py
+CONFIGS = {"pretrain": PretrainConfig, "resolution": ResolutionConfig}  # of the others: LlavaConfig
 Kind = Literal["pretrain", "resolution", "projector", "tune"]
 
 
@@ -49,8 +52,9 @@ class _Plan:
         options = self.config.options.get(kind, ())
         scenes = _scene_options(kind, self.scenes) if self.config.scenes is not None else []
         command = ["--config", recipe, *options, *scenes, "--run.out", out, *words]
-        read = [self.scenes] if self.config.scenes is not None else _data_of(recipe, options)
-        stage = Stage(name, [str(word) for word in command], [*inputs, *read], out, after, program, recipe)
+        stated = [str(word) for word in command]
+        read = [self.scenes] if self.config.scenes is not None else list(data_of(parsed(name, stated)).values())
+        stage = Stage(name, stated, [*inputs, *read], out, after, program, recipe)
         self.stages.append(stage)
         return stage
 
@@ -170,15 +174,21 @@ def _scene_options(kind: Kind, scenes: Path) -> list[str]:
     return [f"--data.{split}={scenes / 'shards' / split}" for split in ("train", "val", "test")]
 
 
-def _data_of(recipe: Path, options: Sequence[str]) -> list[Path]:
-    """The local data that a recipe and its options name, so that a change of it is seen."""
-    data = dict(load_yaml(recipe).get("data", {}))
-    for option in options:
-        key, _, value = option.partition("=")
-        if key.startswith("--data."):
-            data[key.removeprefix("--data.")] = value
-    named = [data[name] for name in ("train", "val", "test", "chats") if name in data]
-    return [Path(one["path"] if isinstance(one, dict) else one) for one in named]
+def parsed(stage: str, command: Sequence[str]) -> Any:
+    """The config of a training stage, by its own parser. Raises UsageError if that refuses the recipe or an option."""
+    try:
+        return parse(CONFIGS.get(stage.rpartition("/")[2], LlavaConfig), "unused", command)
+    except UsageError as error:
+        raise UsageError(f"stage {stage}: {error}") from error
+
+
+def data_of(config: Any) -> dict[str, Path]:
+    """The data that a training stage reads, by key, so that a change of it is seen: its recipe's, its options' or the
+    defaults."""
+    if isinstance(config, LlavaConfig):
+        return {"data.chats": config.data.chats}
+    splits = {f"data.{split}": getattr(config.data, split) for split in ("train", "val", "test")}
+    return {key: where.path if isinstance(where, DataSpec) else where for key, where in splits.items()}
 
 
 def _is_exported(path: Path) -> bool:

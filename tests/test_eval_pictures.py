@@ -1,0 +1,47 @@
+"""Rows of equal source show equal pictures, whatever a task looks at and however its pictures are stored."""
+
+from collections.abc import Callable
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from encoders.errors import DataError
+from eval.pictures import LooksAtMore, Pictures
+
+
+def noise(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 48, 3), dtype=np.uint8))
+
+
+def of(rows: list[dict[str, Any]], features: dict[str, Any], show: Callable[[Any], Any]) -> Pictures:
+    return Pictures("task", datasets.Dataset.from_list(rows, features=datasets.Features(features)), show, "")
+
+
+def test_pictures_in_a_list_are_told_apart_by_what_they_show() -> None:
+    """datasets hands them out decoded; that two of them lie at one address in turn must not make them one."""
+    rows = [{"images": [noise(row // 2)]} for row in range(40)]
+    pictures = of(rows, {"images": datasets.List(datasets.Image())}, lambda row: row["images"])
+    with pytest.raises(LooksAtMore):
+        pictures.read(0)
+    sources = [pictures.source(row) for row in range(40)]
+    assert len(set(sources)) == 20
+    assert sources[::2] == sources[1::2]
+    assert sources == [pictures.source(row) for row in range(40)]
+
+
+def test_a_picture_that_cannot_be_read_costs_only_the_questions_about_it() -> None:
+    """As in GQA, whose questions name their pictures: the first row's is damaged, and all rows seemed alike."""
+    files = {"good": noise(1)}
+    pictures = of(
+        [{"name": "bad"}, {"name": "good"}], {"name": datasets.Value("string")}, lambda row: [files[row["name"]]]
+    )
+    assert pictures.source(0) == pictures.source(1)
+    with pytest.raises(LooksAtMore):
+        pictures.read(0)
+    assert pictures.source(0) != pictures.source(1)
+    with pytest.raises(DataError, match="row 0 cannot be read: KeyError: 'bad'"):
+        pictures.read(0)
+    assert len(pictures.read(1)) == 1
