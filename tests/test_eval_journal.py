@@ -5,15 +5,13 @@ import json
 import os
 import shutil
 import signal
-import traceback
-from collections.abc import Callable
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
-import torch
 from bench_sets import write_benches
-from datasets.utils._filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from encoders import manifest
@@ -23,6 +21,7 @@ from eval import rounds, run
 from eval.journal import Journal, identity, working_place
 
 NAMES = "pope,mmmu"
+ROOT = Path(__file__).parent.parent
 
 
 def test_a_line_is_known_again_and_a_torn_one_is_cut_off(tmp_path: Path) -> None:
@@ -155,49 +154,17 @@ def whole(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return (out / "samples.jsonl").read_bytes()
 
 
-def killed(words: list[str], out: Path, deadly: Callable[[], object]) -> None:
-    """Run eval-mllm in a fork in which `deadly` has set the trap; it must end by SIGKILL."""
-    child = os.fork()
-    if child == 0:
-        try:
-            signal.alarm(120)
-            torch.set_num_threads(1)
-            FileLock._instances.clear()  # those that a run in this process left refuse to work in a fork
-            deadly()
-            run.main([*words, "--out", str(out), "--overwrite"])
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status), status
-    assert os.WTERMSIG(status) == signal.SIGKILL
-
-
-def after_lines(count: int, torn: bool) -> Callable[[], None]:
-    """Kill when `count` lines are written; `torn`: in the middle of the next one."""
-
-    def set_trap() -> None:
-        append, written = Journal.append, []
-
-        def deadly(self: Journal, key: str, value: object) -> None:
-            if len(written) == count:
-                if torn:
-                    self._stream.write(b"0123456789abcdef [" + json.dumps(key).encode())
-                    self._stream.flush()
-                os.kill(os.getpid(), signal.SIGKILL)
-            append(self, key, value)
-            written.append(key)
-
-        Journal.append = deadly  # type: ignore[method-assign]
-
-    return set_trap
+def killed(words: list[str], out: Path, trap: str) -> None:
+    """Run eval-mllm with a trap of killed_eval.py; it must end by SIGKILL."""
+    command = [sys.executable, str(Path(__file__).with_name("killed_eval.py")), trap, *words, "--out", str(out)]
+    done = subprocess.run([*command, "--overwrite"], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
 
 
 def test_a_killed_run_ends_with_the_same_samples(words: list[str], whole: bytes, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    killed(words, out, after_lines(2, torn=True))
-    killed(words, out, after_lines(3, torn=False))
+    killed(words, out, "torn:2")
+    killed(words, out, "lines:3")
     (journal,) = (tmp_path / ".out.answers").glob("*.jsonl")
     assert len(Journal(journal).lines) == 5
     assert not out.exists()
@@ -236,21 +203,14 @@ def test_twenty_kills(words: list[str], whole: bytes, tmp_path: Path) -> None:
     """At every stage of a line, and between the last answer and the finished folder."""
     out = tmp_path / "out"
     for number in range(9):
-        killed(words, out, after_lines(number % 2, torn=number % 3 == 0))
+        killed(words, out, f"{'lines' if number % 3 else 'torn'}:{number % 2}")
     for _ in range(2):
-        killed(words, out, after_lines(1, torn=True))
-
-    def while_scoring() -> None:
-        run._write_rows = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        killed(words, out, "torn:1")
 
     for _ in range(4):
-        killed(words, out, while_scoring)
-
-    def while_sealing() -> None:
-        run.manifest.seal = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
-
+        killed(words, out, "scoring")
     for _ in range(5):
-        killed(words, out, while_sealing)
+        killed(words, out, "sealing")
     run.main([*words, "--out", str(out)])
     assert (out / "samples.jsonl").read_bytes() == whole
 
@@ -261,7 +221,7 @@ def test_changed_weights_are_asked_anew(
     """The same path, size and time of the files; all questions are asked."""
     folder, out = shutil.copytree(tiny_llava, tmp_path / "llava"), tmp_path / "out"
     words = ["--model", str(folder), *words[2:-1], "pope"]
-    killed(words, out, after_lines(4, torn=False))
+    killed(words, out, "lines:4")
     change_a_weight(folder)
     asked: list[int] = []
     greedy = rounds.greedy
