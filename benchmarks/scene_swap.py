@@ -223,7 +223,7 @@ def loss(model: Any, data: ChatDataset, pad_id: int) -> float:
 
 def table(losses: dict[str, dict[str, float]], report: dict[str, Any], places: Places) -> str:
     """The section, in Markdown; differences are those of compare-runs."""
-    metrics = json.loads((places.arm("trained", "pretrain") / "manifest.json").read_text())["metrics"]
+    metrics = json.loads((places.arm("trained", "pretrain") / "manifest.json").read_text())["metrics"]["retrieval"]
     machine = "a GPU" if torch.cuda.is_available() else "CPU, one thread an arm"
     lines = [
         "## A trained tower against a random one, inside a LLaVA",
@@ -246,6 +246,8 @@ def table(losses: dict[str, dict[str, float]], report: dict[str, Any], places: P
     for arm, found in losses.items():
         lines.append(f"| {arm} | " + " | ".join(f"{found[column]:.3f}" for column in columns) + " |")
     lines += [
+        "",
+        "Stage 1 learns captions in the plain template: its loss on questions, in the chat template, need not fall.",
         "",
         "lmms-eval's tasks on unseen scenes, in percent; the 95 % interval is over pictures:",
         "",

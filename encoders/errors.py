@@ -4,6 +4,7 @@ A message says what happened, where (file, key, shard, sample) and what to do ne
 place that turns them into an exit code; everything else lets them pass.
 """
 
+import logging
 import sys
 from collections.abc import Callable
 
@@ -52,6 +53,8 @@ class Preempted(SwapError):
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a console command; a SwapError ends it with its message on stderr and its exit code."""
+    # PEFT imports bitsandbytes wherever it is installed, which then warns of a compiled CPU kernel that is not needed.
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
     try:
         main()
     except SwapError as error:

@@ -186,10 +186,11 @@ def evaluate(
 
 def print_table(results: Mapping[str, Any]) -> None:
     """Print each benchmark's leading figures (fractions as percent), its questions and the seconds they took."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=results["model"]["path"], title_justify="left")
+    table = Table(title=results["model"]["path"], title_justify="left", box=SIMPLE_HEAD)
     for column in ("bench", "metric", "score", "asked", "images", "empty", "unread", "failed", "s"):
         words = column in ("bench", "metric")
         table.add_column(column, justify="left" if words else "right", no_wrap=not words, overflow="fold")
@@ -200,7 +201,8 @@ def print_table(results: Mapping[str, Any]) -> None:
         part = f" of {entry['of_questions']:,}" if entry["questions"] != entry["of_questions"] else ""
         facts = [f"{entry['questions']:,}{part}", *(str(entry[fact]) for fact in ("images", "empty", "unparsed"))]
         facts += [str(len(entry["failed"])), f"{entry['seconds']:.0f}"]
-        table.add_row(name, "\n".join(shown), "\n".join(scores), *facts)
+        short = (metric.removeprefix(f"{name}_") for metric in shown)  # of pope_accuracy, accuracy
+        table.add_row(name, "\n".join(short), "\n".join(scores), *facts)
     Console().print(table)
 
 
