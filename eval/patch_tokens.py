@@ -25,7 +25,8 @@ from encoders.errors import DataError, ModelError, UsageError
 from encoders.export import two_towers
 from encoders.pretrained import load_strict
 from encoders.sources.download import download
-from encoders.sources.source import HUB_ID, OPEN_CLIP_CONFIG, evaluation_pixels, open_source
+from encoders.sources.open_clip_config import OPEN_CLIP_CONFIG
+from encoders.sources.source import HUB_ID, evaluation_pixels, open_source
 from llava_adapter.data.pictures import open_rgb
 from llava_adapter.geometry import read_image_processor
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from encoders import manifest
 from encoders.errors import DataError, ModelError, UsageError
-from encoders.inspection.stated import OPEN_CLIP_WEIGHTS, read_configs
+from encoders.inspection.stated import read_configs
 from encoders.sources.download import download
+from encoders.sources.open_clip_config import OPEN_CLIP_WEIGHTS
 from eval.benchmarks import resolve
 from eval.preflight import check_requirements
 from eval.staging import check_datasets

@@ -16,7 +16,8 @@ from typing import Any
 from encoders.errors import ModelError, run_command
 from encoders.inspection.layouts import Tower, find_tower
 from encoders.inspection.loads_on import loads_on
-from encoders.inspection.stated import OPEN_CLIP_WEIGHTS, TRANSFORMERS_WEIGHTS, Stated, read_configs
+from encoders.inspection.stated import TRANSFORMERS_WEIGHTS, Stated, read_configs
+from encoders.sources.open_clip_config import OPEN_CLIP_WEIGHTS
 from encoders.weights.headers import Header, read_header
 from encoders.weights.values import is_folded, non_finite
 

@@ -12,9 +12,9 @@ from encoders.errors import ModelError
 from encoders.inspection.fields import Fields
 from encoders.inspection.image_processor import Size, read_pictures
 from encoders.sources import open_clip_config
+from encoders.sources.open_clip_config import OPEN_CLIP_WEIGHTS
 
 TRANSFORMERS_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 CLASS_TOKEN = "class token, normed"
 
 

@@ -9,6 +9,9 @@ from typing import Any, Literal
 from encoders.config import JitterConfig, PreprocessConfig, TextConfig, VisionConfig
 from encoders.errors import ModelError, UsageError
 
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+
 Raw = Mapping[str, Any]
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CUSTOM_BLOCK = dict.fromkeys(

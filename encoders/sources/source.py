@@ -24,6 +24,8 @@ from encoders.sources import hf_reference
 from encoders.sources import open_clip as open_clip_import
 from encoders.sources.download import Download, download
 from encoders.sources.open_clip_config import (
+    OPEN_CLIP_CONFIG,
+    OPEN_CLIP_WEIGHTS,
     family,
     preprocess_config,
     silence,
@@ -37,8 +39,6 @@ from encoders.sources.tower_weights import build_towers, build_vision
 from encoders.vision import VisionTower
 from encoders.weights.files import Weights, inside
 
-OPEN_CLIP_CONFIG = "open_clip_config.json"
-OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 CLIP_VOCABULARY = 49408
 TOKENIZER_HINT = {
     "clip": "tokenizer.json, or vocab.json and merges.txt; the extra [open-clip] has CLIP's own",
