@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from encoders.errors import EvaluationIncomplete, SwapError
 from eval.answers import Row, checked_metrics, collect_rows, printed_metrics
 from eval.benchmarks import Bench, point
+from eval.lmms_tasks import cause, task_manager
 
 if TYPE_CHECKING:  # these take 10 seconds to import
     from lmms_eval.api.task import Task
@@ -26,8 +27,6 @@ def run_bench(
     """
     from lmms_eval.evaluator import simple_evaluate
 
-    from eval.lmms_tasks import task_manager
-
     if limit is not None and bench.task == "mme":
         limit += limit % 2  # scored in pairs
     available = len(task.eval_docs)
@@ -42,7 +41,7 @@ def run_bench(
     except SwapError:
         raise
     except Exception as error:
-        raise EvaluationIncomplete(f"{bench.name}: lmms-eval could not score the answers ({_cause(error)})") from error
+        raise EvaluationIncomplete(f"{bench.name}: lmms-eval could not score the answers ({cause(error)})") from error
     seconds = time.perf_counter() - start
     reasons = {failure.question.row: failure.reason for failure in lm.failures}
     rows = collect_rows(bench, output["samples"][bench.task], lm.image_ids, questions, reasons.keys())
@@ -82,7 +81,7 @@ def self_check(bench: Bench, lm: "EncoderSwapLlava", count: int) -> dict[str, An
         raise
     except Exception as error:
         raise EvaluationIncomplete(
-            f"{bench.name}: the self-check failed ({_cause(error)}); the answers are kept: the same command without "
+            f"{bench.name}: the self-check failed ({cause(error)}); the answers are kept: the same command without "
             "--self-check ends without it"
         ) from error
     flips = [{"index": question.row, "batched": ours, "alone": alone} for question, ours, alone in differing]
@@ -95,12 +94,3 @@ def self_check(bench: Bench, lm: "EncoderSwapLlava", count: int) -> dict[str, An
     rate = len(flips) / checked if checked else 0.0
     print(f"{bench.name}: self-check: {len(flips)} of {checked} answers differ when asked alone ({rate:.1%})")
     return {"questions": checked, "different": len(flips), "flip_rate": rate, "flips": flips}
-
-
-def _cause(error: BaseException) -> str:
-    """What went wrong, in words; lmms-eval retries some steps and then says only that it did."""
-    from tenacity import RetryError
-
-    inner = error.last_attempt.exception() if isinstance(error, RetryError) else None
-    told = error if inner is None else inner
-    return f"{type(told).__name__}: {told}"

@@ -115,7 +115,7 @@ def load_task(bench: Bench) -> "Task":
     except Exception as error:
         raise DataError(
             f"{bench.name}: cannot load {', '.join(bench.folders)} for lmms-eval's task {bench.task!r} "
-            f"({_cause(error)}); check the files, or name a folder that has them with --data"
+            f"({cause(error)}); check the files, or name a folder that has them with --data"
         ) from error
     return task
 
@@ -182,8 +182,8 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor(FUNCTION, lambda loader, node: f"{FUNCTION} {node.value}")
 
 
-def _cause(error: BaseException) -> str:
-    """What went wrong, in words; lmms-eval retries some steps and then says only that it did."""
+def cause(error: BaseException) -> str:
+    """What went wrong inside lmms-eval, in words: it retries some steps and then says only that it did."""
     from tenacity import RetryError
 
     inner = error.last_attempt.exception() if isinstance(error, RetryError) else None

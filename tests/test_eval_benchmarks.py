@@ -183,4 +183,5 @@ def test_a_foreign_bench_is_what_its_task_file_says() -> None:
     ]
     assert (bench.max_new_tokens, bench.metrics, bench.questions) == (128, {}, 0)
     assert list(bench_of("ai2d").metrics) == ["exact_match"]
+    assert list(bench_of("repcount").metrics) == ["obo"]  # of its errors less is better: not called better for more
     assert recorded_bench("pope", {}) is BENCHES["pope"]

@@ -16,7 +16,8 @@ from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 from encoders import manifest
 from encoders.errors import Preempted
 from train import ranks
-from train.swap import Runner, Stage, StageFailed, show
+from train.pipeline import Runner, Stage, StageFailed
+from train.swap import show
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,7 +80,7 @@ def swap(recipe: Path, *options: str) -> str:
 WRITER = """
 import sys, pathlib
 from encoders import manifest
-from train.swap import Runner, Stage, StageFailed
+from train.pipeline import Runner, Stage, StageFailed
 out = pathlib.Path(sys.argv[sys.argv.index("--run.out") + 1])
 out.mkdir(parents=True, exist_ok=True)
 with (out / "runs.txt").open("a") as stream:

@@ -10,12 +10,10 @@ from collections.abc import Sequence
 
 from encoders.errors import run_command
 from train.config import parse
-from train.pipeline import UP_TO_DATE, Runner, Stage, StageFailed
+from train.pipeline import UP_TO_DATE, Runner, Stage
 from train.swap_check import check
 from train.swap_config import SwapConfig
 from train.swap_plan import plan
-
-__all__ = ["Runner", "Stage", "StageFailed", "main", "plan", "show"]
 
 
 def main() -> None:
