@@ -103,8 +103,9 @@ def identity(model: Path, settings: Mapping[str, Any]) -> str:
         if file.suffix in FILES and file.name != manifest.MANIFEST:
             content = sealed[file.name].sha256 if file.name in sealed else manifest.fingerprint(file)
             digest.update(f"\0{file.name}\0{content}".encode())
-    for file in sorted(file for folder in CODE for file in folder.glob("*.py")):
-        digest.update(f"\0{file.name}\0{manifest.fingerprint(file)}".encode())
+    for room in CODE:
+        for name in sorted(file.relative_to(room).as_posix() for file in room.rglob("*.py")):  # wherever it is installed
+            digest.update(f"\0{name}\0{manifest.fingerprint(room / name)}".encode())
     versions = manifest.library_versions() | {name: metadata.version(name) for name in LIBRARIES}
     digest.update(json.dumps([settings, versions], sort_keys=True).encode())
     return digest.hexdigest()

@@ -102,9 +102,11 @@ def test_identity_is_of_our_code_and_of_the_libraries_that_decide_prompts_and_pi
         with monkeypatch.context() as patched:
             patched.setattr(metadata, "version", lambda asked, name=name: "0" if asked == name else works(asked))
             assert identity(tiny_llava, {}) != first, name
-    code = Path(shutil.copytree(Path(journal_module.__file__).parent, tmp_path / "eval"))
-    monkeypatch.setattr(journal_module, "CODE", (code, *journal_module.CODE[1:]))
-    assert identity(tiny_llava, {}) == first
+    ours, llavas = journal_module.CODE
+    for place in ("a", "z"):  # the same code wherever it is installed, before or after the other room by name
+        code = Path(shutil.copytree(ours, tmp_path / place / "eval"))
+        monkeypatch.setattr(journal_module, "CODE", (code, Path(shutil.copytree(llavas, tmp_path / "m" / place))))
+        assert identity(tiny_llava, {}) == first
     (code / "prefix.py").write_text("changed")
     assert identity(tiny_llava, {}) != first
 
