@@ -35,8 +35,8 @@ from encoders.data.shards import TarSamples
 from encoders.data.tokenizers import CaptionTokenizer
 from encoders.data.transforms import eval_transform
 from encoders.objective import Objective
-from eval.zero_shot_score import open_sets
-from eval.zero_shot_spec import ZeroShotSpec
+from eval.zero_shot.scorer import open_sets
+from eval.zero_shot.spec import ZeroShotSpec
 from train.config import OptimConfig
 from train.optim import build, decay_groups, set_learning_rate
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.bootstrap import Design, Floats, Sample, bootstrap, difference
+from eval.comparing.bootstrap import Design, Floats, Sample, bootstrap, difference
 
 BATCH = 250  # swaps whose models share the draws of pictures
 PICTURE = 0.8  # spread of what a picture does to a model's answers, beside a spread of 1 between its questions

@@ -35,11 +35,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from eval.asking import Asking
-from eval.chat_model import ChatModel
-from eval.reading import Question, Reader
-from eval.rounds import Answerer
-from eval.workers import Here
+from eval.answering.asking import Asking
+from eval.answering.chat_model import ChatModel
+from eval.answering.reading import Question, Reader
+from eval.answering.rounds import Answerer
+from eval.answering.workers import Here
 from llava_adapter.chat import IMAGE, TEMPLATES
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
@@ -165,7 +165,7 @@ class InMemory(Here):
 
 
 class Pictures:
-    """Stands in for eval.pictures.Pictures: noise as JPEG files, decoded when read."""
+    """Stands in for eval.answering.pictures.Pictures: noise as JPEG files, decoded when read."""
 
     def __init__(self, count: int) -> None:
         rng = np.random.default_rng(0)

@@ -5,14 +5,14 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from encoders.errors import EvaluationIncomplete, SwapError
-from eval.answers import Row, checked_metrics, collect_rows, printed_metrics
-from eval.benchmarks import Bench, point
-from eval.lmms_tasks import cause, task_manager
+from eval.benches.answers import Row, checked_metrics, collect_rows, printed_metrics
+from eval.benches.benchmarks import Bench, point
+from eval.benches.lmms_tasks import cause, task_manager
 
 if TYPE_CHECKING:  # these take 10 seconds to import
     from lmms_eval.api.task import Task
 
-    from eval.lmms_model import EncoderSwapLlava
+    from eval.answering.lmms_model import EncoderSwapLlava
 
 SHOWN = 5  # differing answers that a message names
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from encoders import manifest
 from encoders.errors import UsageError, run_command
-from eval.comparison import TOO_FEW_RUNS, compare, to_json
-from eval.results import load_arm
+from eval.comparing.comparison import TOO_FEW_RUNS, compare, to_json
+from eval.comparing.results import load_arm
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,9 +74,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         arms, args.encoders, args.encoder_scores, args.draws, args.seed, allow_differences=args.allow_differences
     )
 
-    from eval.report import render
-    from eval.summary import show
-    from eval.views import draw_views
+    from eval.comparing.report import render
+    from eval.comparing.summary import show
+    from eval.comparing.views import draw_views
 
     page = render(comparison, draw_views(arms, comparison, args.views) if args.views else None)
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from encoders.errors import ModelError
-from eval.benchmarks import Bench
-from eval.staging import Source
+from eval.benches.benchmarks import Bench
+from eval.benches.staging import Source
 
 VISION_FACTS = ("model_type", "image_size", "patch_size", "hidden_size", "num_hidden_layers", "hidden_act")
 

@@ -5,4 +5,4 @@ A module of its own because lmms-eval loads it while its model registry is being
 
 from lmms_eval.models.registry_v2 import ModelManifest
 
-MANIFEST = ModelManifest(model_id="encoder_swap_llava", simple_class_path="eval.lmms_model.EncoderSwapLlava")
+MANIFEST = ModelManifest(model_id="encoder_swap_llava", simple_class_path="eval.answering.lmms_model.EncoderSwapLlava")

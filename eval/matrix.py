@@ -15,13 +15,13 @@ from typing import Any
 
 from encoders import manifest
 from encoders.errors import DataError, UsageError, run_command
-from eval.bootstrap import Difference
-from eval.comparison import Measure
-from eval.figures import interval_bar
-from eval.markup import plain_table, text
-from eval.report import PAGE, STYLE
-from eval.report_tables import pill
-from eval.summary import COLOURS, SIGNS, interval, label, number, signed, title
+from eval.comparing.bootstrap import Difference
+from eval.comparing.comparison import Measure
+from eval.comparing.figures import interval_bar
+from eval.comparing.markup import plain_table, text
+from eval.comparing.report import PAGE, STYLE
+from eval.comparing.report_tables import pill
+from eval.comparing.summary import COLOURS, SIGNS, interval, label, number, signed, title
 
 TOO_FEW_REPORTS = "a matrix is made of several reports: name two report.json or more, one for each language model"
 

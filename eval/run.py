@@ -14,13 +14,13 @@ from typing import Any
 
 from encoders import manifest
 from encoders.errors import EvaluationIncomplete, ModelError, UsageError, run_command
-from eval import journal
-from eval.answers import Row
+from eval.answering import journal
 from eval.bench_run import run_bench, self_check
-from eval.benchmarks import BENCHES, Bench, resolve
+from eval.benches.answers import Row
+from eval.benches.benchmarks import BENCHES, Bench, resolve
+from eval.benches.preflight import preflight
+from eval.benches.staging import Source, check_datasets, located, staged
 from eval.identity import data_fingerprint, dataset_facts, encoder_facts
-from eval.preflight import preflight
-from eval.staging import Source, check_datasets, located, staged
 
 NO_MODEL = (
     "no model named; pass --model DIR, where DIR is a LLaVA folder that `accelerate launch train/tune_llava.py` wrote,"
@@ -126,11 +126,11 @@ def evaluate(
     rows: dict[str, list[Row]] = {}
     figures: dict[str, dict[str, Any]] = {}
     with staged(benches, sources):
-        from eval.lmms_tasks import load_task
+        from eval.benches.lmms_tasks import load_task
 
         tasks = {bench.name: load_task(bench) for bench in benches}
-        from eval.chat_model import hardware
-        from eval.lmms_model import EncoderSwapLlava
+        from eval.answering.chat_model import hardware
+        from eval.answering.lmms_model import EncoderSwapLlava
 
         # "auto" may be another device when a killed run goes on.
         asked_how = {"device": hardware(settings["device"]), "dtype": settings["dtype"]}

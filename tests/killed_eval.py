@@ -11,7 +11,7 @@ import sys
 import torch
 
 from eval import run
-from eval.journal import Journal
+from eval.answering.journal import Journal
 
 
 def die(*_: object) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from encoders import manifest
-from eval.benchmarks import BENCHES, point
+from eval.benches.benchmarks import BENCHES, point
 
 Row = dict[str, Any]
 SETTINGS: Row = {

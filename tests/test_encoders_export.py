@@ -27,7 +27,8 @@ from encoders.export import parity, two_towers
 from encoders.export.image_head import image_embedding
 from encoders.export.parity import fixed_images
 from encoders.vision import sincos2d_table
-from eval import zero_shot_run
+from eval.encoder import evaluate
+from eval.zero_shot.spec import parse_spec
 
 CAPTIONS = ["a red square", "square red a a a a a a a a a a a a a a", ""]
 
@@ -201,13 +202,11 @@ def test_eval_encoder_scores_an_exported_folder_as_its_run(tmp_path: Path) -> No
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{index}.png")
     (tmp_path / "set" / "classes.json").write_text(json.dumps({"red": "red", "square": "square"}))
-    spec = zero_shot_run.parse_spec("classification", f"folder:{tmp_path / 'set'}")
-    scores = [
-        zero_shot_run.evaluate(tmp_path / name, [spec], "cpu", 4)["sets"][0]["metrics"] for name in ("run", "encoder")
-    ]
+    spec = parse_spec("classification", f"folder:{tmp_path / 'set'}")
+    scores = [evaluate(tmp_path / name, [spec], "cpu", 4)["sets"][0]["metrics"] for name in ("run", "encoder")]
     assert scores[0] == scores[1]
     with pytest.raises(ModelError, match="no text tower; export the encoder again --with-text"):
-        zero_shot_run.evaluate(tmp_path / "image_only", [spec], "cpu", 4)
+        evaluate(tmp_path / "image_only", [spec], "cpu", 4)
 
 
 def test_towers_that_others_cannot_run_are_refused_with_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -330,7 +330,7 @@ def picture(index: int) -> bytes:
 
 def test_a_llava_folder_answers_in_batches_as_one_by_one_and_as_in_evaluation(tiny_llava: Path) -> None:
     from encoders.data.recaption_model import FolderModel
-    from eval.chat_model import ChatModel
+    from eval.answering.chat_model import ChatModel
 
     prompts = {"short": ("Describe the image in short:", 6), "long": ("Describe the image in details", 12)}
     questions = [

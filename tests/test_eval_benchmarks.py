@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from encoders.errors import DataError, UsageError
-from eval.benchmarks import BENCHES, bench_of, point, recorded_bench, resolve
-from eval.lmms_tasks import read_task
-from eval.metrics import MME_PERCEPTION, Columns
-from eval.scoring import sample_score
+from eval.benches.benchmarks import BENCHES, bench_of, point, recorded_bench, resolve
+from eval.benches.lmms_tasks import read_task
+from eval.benches.metrics import MME_PERCEPTION, Columns
+from eval.benches.scoring import sample_score
 
 TASKS = Path(str(importlib.util.find_spec("lmms_eval").origin)).parent / "tasks"  # type: ignore[union-attr]
 COGNITION = ("code_reasoning", "numerical_calculation", "a category nobody heard of")

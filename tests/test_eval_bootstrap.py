@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from eval.bootstrap import Design, Difference, Floats, Sample, bootstrap, difference, picture_weights
+from eval.comparing.bootstrap import Design, Difference, Floats, Sample, bootstrap, difference, picture_weights
 
 
 def simulations() -> Any:
@@ -179,8 +179,8 @@ def test_coverage_of_simulated_swaps(bench: str) -> None:
 
 def test_simulations_are_about_the_metrics_that_are_reported() -> None:
     """The sums per picture that the simulations work on give what the benchmarks' own metrics give for rows."""
-    from eval.benchmarks import BENCHES
-    from eval.metrics import Columns
+    from eval.benches.benchmarks import BENCHES
+    from eval.benches.metrics import Columns
 
     rng = np.random.default_rng(0)
     coverage = simulations()

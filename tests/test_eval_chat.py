@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
 from encoders.errors import DataError, UsageError
-from eval import chat_command
-from eval.chat_model import ChatModel
+from eval import chat
+from eval.answering.chat_model import ChatModel
 from llava_adapter.chat import CHAT_TEMPLATES, encode, encode_prompt
 from llava_adapter.compose import compose
 from llava_adapter.save import save_llava
@@ -59,7 +59,7 @@ def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], typ
     monkeypatch.setattr(sys, "argv", ["chat-mllm", *map(str, options), "--device", "cpu", "--dtype", "float32"])
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     monkeypatch.setenv("COLUMNS", "200")
-    chat_command.main()
+    chat.main()
     return capsys.readouterr().out
 
 

@@ -14,16 +14,16 @@ from result_folders import COST, SETTINGS, changed, mme_rows, pope_rows, rewrite
 
 from encoders import manifest
 from encoders.errors import DataError, UsageError
-from eval.bootstrap import Difference
 from eval.compare import main
-from eval.comparison import Comparison, compare, to_json
-from eval.measures import Measure, verdict_of
-from eval.published import published_for
-from eval.report import render
-from eval.results import load_arm, load_run
-from eval.settings import compare_settings, role_of
-from eval.summary import attestation, number, signed
-from eval.views import draw_views
+from eval.comparing.bootstrap import Difference
+from eval.comparing.comparison import Comparison, compare, to_json
+from eval.comparing.measures import Measure, verdict_of
+from eval.comparing.published import published_for
+from eval.comparing.report import render
+from eval.comparing.results import load_arm, load_run
+from eval.comparing.settings import compare_settings, role_of
+from eval.comparing.summary import attestation, number, signed
+from eval.comparing.views import draw_views
 from train.config import FREE_RUN_KEYS
 
 
@@ -495,7 +495,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     out = tmp_path / "out" / "report.html"
     main([str(a), str(b), "--out", str(out), "--draws", "200"])
     printed = capsys.readouterr().out
-    torch_free = "import sys, eval.compare, eval.report; sys.exit('torch' in sys.modules)"
+    torch_free = "import sys, eval.compare, eval.comparing.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", torch_free], check=False).returncode == 0
     assert "POPE accuracy" in printed
     assert "better" in printed

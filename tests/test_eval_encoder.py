@@ -24,11 +24,11 @@ from encoders.data.scenes.world import ScenesConfig
 from encoders.data.shards import TarSamples
 from encoders.data.tokenizers import CaptionTokenizer
 from encoders.errors import DataError, ModelError, UsageError
-from eval.zero_shot import IGNORED
-from eval.zero_shot_run import main
-from eval.zero_shot_score import open_sets, picture, windows
-from eval.zero_shot_sets import read_set
-from eval.zero_shot_spec import ZeroShotSpec, parse_spec
+from eval.encoder import main
+from eval.zero_shot.scorer import open_sets, picture, windows
+from eval.zero_shot.scores import IGNORED
+from eval.zero_shot.sets import read_set
+from eval.zero_shot.spec import ZeroShotSpec, parse_spec
 
 COLOURS = {
     "red": (255, 0, 0),

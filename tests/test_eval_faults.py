@@ -17,10 +17,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from encoders.errors import SwapError
-from eval import bench_run, journal, rounds, run, workers
-from eval.asking import Asking
-from eval.chat_model import ChatModel
-from eval.lmms_model import EncoderSwapLlava
+from eval import bench_run, run
+from eval.answering import journal, rounds, workers
+from eval.answering.asking import Asking
+from eval.answering.chat_model import ChatModel
+from eval.answering.lmms_model import EncoderSwapLlava
 
 
 class Case:

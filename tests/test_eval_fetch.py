@@ -16,9 +16,9 @@ from hub_server import HubServer, serve
 
 from encoders.errors import DataError, UsageError
 from eval import run
-from eval.benchmarks import BENCHES, Bench, bench_of
+from eval.benches.benchmarks import BENCHES, Bench, bench_of
+from eval.benches.staging import FETCHED, LOCAL, located, table_files
 from eval.fetch import fetch, main
-from eval.staging import FETCHED, LOCAL, located, table_files
 
 
 @pytest.fixture(scope="module")

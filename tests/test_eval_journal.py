@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from encoders import manifest
 from encoders.errors import DataError, EvaluationIncomplete, UsageError
-from eval import journal as journal_module
-from eval import rounds, run
-from eval.journal import Journal, identity, working_place
+from eval import run
+from eval.answering import journal as journal_module
+from eval.answering import rounds
+from eval.answering.journal import Journal, identity, working_place
 
 NAMES = "pope,mmmu"
 ROOT = Path(__file__).parent.parent
@@ -107,7 +108,7 @@ def test_identity_is_of_our_code_and_of_the_libraries_that_decide_prompts_and_pi
         code = Path(shutil.copytree(ours, tmp_path / place / "eval"))
         monkeypatch.setattr(journal_module, "CODE", (code, Path(shutil.copytree(llavas, tmp_path / "m" / place))))
         assert identity(tiny_llava, {}) == first
-    (code / "prefix.py").write_text("changed")
+    (code / "answering" / "prefix.py").write_text("changed")
     assert identity(tiny_llava, {}) != first
 
 
@@ -192,9 +193,9 @@ def test_answers_of_another_device_are_not_taken_over(
         identities.append(identity)
         raise Stop
 
-    monkeypatch.setattr("eval.lmms_model.EncoderSwapLlava", stop)
+    monkeypatch.setattr("eval.answering.lmms_model.EncoderSwapLlava", stop)
     for device in ("cpu", "cpu", "NVIDIA H200"):
-        monkeypatch.setattr("eval.chat_model.hardware", lambda name, device=device: device)
+        monkeypatch.setattr("eval.answering.chat_model.hardware", lambda name, device=device: device)
         with pytest.raises(Stop):
             run.main([*words, "--out", str(tmp_path / "out")])
     assert identities[0] == identities[1] != identities[2]

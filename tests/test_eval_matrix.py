@@ -11,8 +11,8 @@ import pytest
 
 from encoders.errors import DataError, UsageError
 from eval import matrix
-from eval.bootstrap import Difference
-from eval.comparison import Measure
+from eval.comparing.bootstrap import Difference
+from eval.comparing.comparison import Measure
 
 ARMS = ["clip", "clips", "dreamlip"]
 Change = Callable[[dict[str, Any]], Any]

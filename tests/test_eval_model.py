@@ -20,14 +20,14 @@ from tokenizers import Tokenizer, processors
 from transformers import LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
 from encoders.errors import DataError, EvaluationIncomplete, ModelError
-from eval import rounds, workers
-from eval.asking import Asking
-from eval.chat_model import ChatModel, ChatProcessor
-from eval.journal import Journal
-from eval.pictures import picture_id
-from eval.prefix import greedy, remember, split_prompt
-from eval.reading import Question, Reader, chunks
-from eval.workers import Here, Workers
+from eval.answering import rounds, workers
+from eval.answering.asking import Asking
+from eval.answering.chat_model import ChatModel, ChatProcessor
+from eval.answering.journal import Journal
+from eval.answering.pictures import picture_id
+from eval.answering.prefix import greedy, remember, split_prompt
+from eval.answering.reading import Question, Reader, chunks
+from eval.answering.workers import Here, Workers
 from llava_adapter.compose import compose
 from llava_adapter.save import save_llava
 
@@ -39,7 +39,7 @@ def noise(seed: int) -> Image.Image:
 
 
 class Shown:
-    """Stands in for eval.pictures.Pictures: row -> pictures; counts how often they are read."""
+    """Stands in for eval.answering.pictures.Pictures: row -> pictures; counts how often they are read."""
 
     def __init__(self, pictures: dict[int, list[Image.Image]]) -> None:
         self.pictures, self.reads = pictures, 0

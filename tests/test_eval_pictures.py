@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from encoders.errors import DataError
-from eval.pictures import LooksAtMore, Pictures
+from eval.answering.pictures import LooksAtMore, Pictures
 
 
 def noise(seed: int) -> Image.Image:

@@ -12,10 +12,10 @@ import pytest
 from bench_sets import OWNER, gqa, gqa_images, mme, nocaps, pope, write_benches, write_repository
 
 from encoders.errors import DataError, ModelError, SwapError, UsageError
-from eval import preflight as module
-from eval.benchmarks import BENCHES, bench_of
-from eval.preflight import check_requirements, preflight, weight_bytes
-from eval.staging import located
+from eval.benches import preflight as module
+from eval.benches.benchmarks import BENCHES, bench_of
+from eval.benches.preflight import check_requirements, preflight, weight_bytes
+from eval.benches.staging import located
 
 GQA_TABLES = ("testdev_balanced_instructions", "testdev"), ("testdev_balanced_images", "testdev")
 
@@ -181,8 +181,8 @@ def weights_of(model: Path) -> int:
 
 def test_neither_torch_nor_lmms_eval_is_imported_for_names_and_data(originals: Path) -> None:
     script = (
-        "import sys\nfrom pathlib import Path\nfrom eval.benchmarks import resolve\n"
-        "from eval.data_check import count_questions\nfrom eval.staging import located\n"
+        "import sys\nfrom pathlib import Path\nfrom eval.benches.benchmarks import resolve\n"
+        "from eval.benches.data_check import count_questions\nfrom eval.benches.staging import located\n"
         "benches = resolve('mme,pope,gqa,textvqa_ocr,mmmu,chartqa,nocaps')\nresolve('ai2d')\n"
         f"sources = located(benches, Path({str(originals)!r}))\n"
         "print([count_questions(bench, sources) for bench in benches])\n"

@@ -14,12 +14,12 @@ from browser import Browser, executable
 from result_folders import changed, pope_rows, two_runs, write_results
 
 from eval.compare import main
-from eval.comparison import compare, to_json
-from eval.markup import LONGEST_TEXT, STEERING, text
-from eval.report import render
-from eval.results import load_arm
-from eval.summary import show
-from eval.views import Views
+from eval.comparing.comparison import compare, to_json
+from eval.comparing.markup import LONGEST_TEXT, STEERING, text
+from eval.comparing.report import render
+from eval.comparing.results import load_arm
+from eval.comparing.summary import show
+from eval.comparing.views import Views
 
 # What a page could be talked into: scripts, handlers, requests, styles, broken frames, other syntaxes, odd characters.
 PAYLOADS = (

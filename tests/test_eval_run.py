@@ -19,10 +19,10 @@ from tokenizers import processors
 from encoders import manifest
 from encoders.errors import DataError, EvaluationIncomplete
 from eval import run
-from eval.answers import checked_metrics
-from eval.benchmarks import BENCHES
-from eval.chat_model import ChatModel
-from eval.lmms_model import EncoderSwapLlava
+from eval.answering.chat_model import ChatModel
+from eval.answering.lmms_model import EncoderSwapLlava
+from eval.benches.answers import checked_metrics
+from eval.benches.benchmarks import BENCHES
 from llava_adapter import chat
 from llava_adapter.chat import TEMPLATES
 
@@ -116,7 +116,7 @@ def test_failures_are_listed_and_withhold_the_scores(
 ) -> None:
     """One question fails: exit 5, nothing written but what was answered; with --allow-errors it counts as wrong;
     mended, only its batch is asked again."""
-    from eval import rounds
+    from eval.answering import rounds
 
     greedy, asked = rounds.greedy, []
 

@@ -15,11 +15,11 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.evaluator import simple_evaluate
 
-from eval.answers import Row, checked_metrics, collect_rows, printed_metrics
-from eval.benchmarks import BENCHES, bench_of, point, recorded_bench
-from eval.lmms_tasks import load_task, task_manager
-from eval.scoring import score_samples
-from eval.staging import located, staged
+from eval.benches.answers import Row, checked_metrics, collect_rows, printed_metrics
+from eval.benches.benchmarks import BENCHES, bench_of, point, recorded_bench
+from eval.benches.lmms_tasks import load_task, task_manager
+from eval.benches.scoring import score_samples
+from eval.benches.staging import located, staged
 
 
 class Scripted(lmms):

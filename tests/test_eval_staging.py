@@ -10,10 +10,10 @@ import yaml
 from bench_sets import OWNER, pope, write_repository
 
 from encoders.errors import DataError
-from eval.benchmarks import BENCHES, Table
-from eval.dataset_card import chosen_config, data_files, front_matter
-from eval.lmms_tasks import load_task
-from eval.staging import FETCHED, Source, located, staged, table_files
+from eval.benches.benchmarks import BENCHES, Table
+from eval.benches.dataset_card import chosen_config, data_files, front_matter
+from eval.benches.lmms_tasks import load_task
+from eval.benches.staging import FETCHED, Source, located, staged, table_files
 
 
 def names(folder: Path, files: list[str]) -> None:

@@ -21,8 +21,10 @@ from encoders import encoder_run
 from encoders.data.tokenizers import pad_texts
 from encoders.errors import DataError, ModelError, SwapError, UsageError
 from encoders.export.command import export
-from eval import patch_tokens, view
-from eval.patch_tokens import Components, aligned, components, open_encoder
+from eval import view
+from eval.comparing import views
+from eval.viewing import drawing, patch_tokens
+from eval.viewing.patch_tokens import Components, aligned, components, open_encoder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -165,20 +167,20 @@ def test_the_command_draws_the_same_picture_twice_and_states_its_facts(
     assert "has no text tower" in told  # of the second, whose panel is left out
     assert "agreement" in told
     width, height = Image.open(files[0]).size
-    assert width == 3 * (view.PANEL + view.GAP) + view.GAP
-    assert height > 2 * view.PANEL
+    assert width == 3 * (drawing.PANEL + drawing.GAP) + drawing.GAP
+    assert height > 2 * drawing.PANEL
 
 
 def test_pictures_for_the_report_share_their_colours(tiny_llava: Path, tiny_encoder: Path, tmp_path: Path) -> None:
     """Two encoders, one of them twice; the fit is over all pictures, so each alone looks otherwise."""
     images = [write_picture(tmp_path / f"{n}.png", seed=n).read_bytes() for n in range(3)]
     other = write_encoder(tmp_path / "other", image_size=48, seed=1)
-    drawn = view.patch_pictures([tiny_llava, tiny_encoder, other], images)
+    drawn = views.patch_pictures([tiny_llava, tiny_encoder, other], images)
     assert [len(of_one) for of_one in drawn] == [3, 3, 3]
     assert drawn[0] == drawn[1]
     assert drawn[0] != drawn[2]
-    assert Image.open(io.BytesIO(drawn[2][0])).size == (view.PANEL, view.PANEL // 2)
-    alone = view.patch_pictures([tiny_llava], images[:1])
+    assert Image.open(io.BytesIO(drawn[2][0])).size == (drawing.PANEL, drawing.PANEL // 2)
+    alone = views.patch_pictures([tiny_llava], images[:1])
     assert alone[0][0] != drawn[0][0]
 
 

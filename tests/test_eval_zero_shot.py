@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encoders.errors import ModelError
-from eval.zero_shot import (
+from eval.zero_shot.scores import (
     IGNORED,
     accuracies,
     chance_miou,
@@ -42,7 +42,7 @@ def test_ranks_equal_a_sorted_list_with_shared_captions() -> None:
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_ranks_with_several_captions_per_picture(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eval.zero_shot.QUERIES", 7)  # several chunks, the last one short
+    monkeypatch.setattr("eval.zero_shot.scores.QUERIES", 7)  # several chunks, the last one short
     torch.manual_seed(1)
     owners = [picture for picture in range(20) for _ in range(1 + picture % 5)]
     captions = [f"caption {place % 23}" for place in range(len(owners))]
@@ -139,7 +139,7 @@ def upsampled(grid: list[list[float]], row: int, column: int, side: int) -> floa
 
 
 def test_segments_equal_a_loop_over_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eval.zero_shot.CLASSES", 3)
+    monkeypatch.setattr("eval.zero_shot.scores.CLASSES", 3)
     torch.manual_seed(4)
     patches, classes, places, size = unit(2, 9, 5).double(), unit(7, 5).double(), [(0, 0), (0, 4)], (8, 12)
     found = segment(patches, classes, places, size)

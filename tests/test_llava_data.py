@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import LlavaProcessor
 
 from encoders.errors import DataError
-from eval.chat_model import ChatModel
+from eval.answering.chat_model import ChatModel
 from llava_adapter.chat import IGNORED, TEMPLATES, encode
 from llava_adapter.data.batch import collate
 from llava_adapter.data.conversations import Conversation

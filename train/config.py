@@ -17,7 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from encoders.config import EncoderConfig, Preset, preset
 from encoders.data.spec import DataSpec
 from encoders.errors import UsageError
-from eval.zero_shot_spec import ZeroShotSpec
+from eval.zero_shot.spec import ZeroShotSpec
 
 RECIPES = Path(__file__).parent / "recipes"
 # Settings of a run that cannot change its result: free to differ across a resume and between equal stages.

@@ -22,8 +22,8 @@ from encoders.data.tokenizers import CaptionTokenizer
 from encoders.errors import ModelError, UsageError
 from encoders.objective import Objective
 from encoders.sources.source import open_source
-from eval.zero_shot import chance_r1, recalls, retrieval_ranks
-from eval.zero_shot_score import open_sets
+from eval.zero_shot.scorer import open_sets
+from eval.zero_shot.scores import chance_r1, recalls, retrieval_ranks
 from train.cached_step import cached_step
 from train.config import PairData, PretrainConfig, ResolutionConfig
 from train.loop import Artifact, Batch

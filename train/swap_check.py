@@ -12,9 +12,9 @@ from encoders.errors import DataError, ModelError, UsageError
 from encoders.inspection.stated import read_configs
 from encoders.sources.download import download
 from encoders.sources.open_clip_config import OPEN_CLIP_WEIGHTS
-from eval.benchmarks import resolve
-from eval.preflight import check_requirements
-from eval.staging import check_datasets
+from eval.benches.benchmarks import resolve
+from eval.benches.preflight import check_requirements
+from eval.benches.staging import check_datasets
 from llava_adapter.sources import model_folder
 from train.config import LlavaConfig
 from train.pipeline import Stage
