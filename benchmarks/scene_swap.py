@@ -51,6 +51,7 @@ PROJECTOR = {"run.steps": 400, "run.batch_size": 8, "run.save_every": 100}
 LORA = {"run.steps": 200, "run.batch_size": 8, "run.save_every": 100}
 BENCHES = "gqa,pope"
 ARMS = ("random", "trained")
+STEMS = ("chats_caption", "chats")  # conversations of stage 1 and of stage 2
 LAUNCH = ("--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
 
 
@@ -124,7 +125,7 @@ def random_tower(trained: Path, out: Path, seed: int) -> None:
 
 def split_chats(places: Places) -> None:
     """Hold the last conversations of both files out of training; written once, as their dates count in what is kept."""
-    for stem in ("chats_caption", "chats"):
+    for stem in STEMS:
         if not places.chats(stem, held_out=True).is_file():
             conversations = json.loads((places.scenes / f"{stem}.json").read_text())
             write_json(places.chats(stem, held_out=False), conversations[:-HELD_OUT])
@@ -197,7 +198,7 @@ def held_out_losses(places: Places, arm: str, seed: int) -> dict[str, float]:
         "stage 1": load_llava(places.arm(arm, "projector"), torch.bfloat16),
         "stage 2": load_llava(places.arm(arm, "llava"), torch.bfloat16),
     }.items():
-        for stem, template in (("chats_caption", "plain"), ("chats", "chatml")):
+        for stem, template in zip(STEMS, ("plain", "chatml"), strict=True):
             file = places.chats(stem, held_out=True)
             data = ChatDataset(read_chats(file, places.scenes, "error"), processor, TEMPLATES[template], 2048)
             found[f"{stem} {stage}"] = loss(model, data, processor.tokenizer.pad_token_id)
@@ -239,15 +240,16 @@ def table(losses: dict[str, dict[str, float]], report: dict[str, Any], places: P
         "",
         f"Loss per supervised token on {HELD_OUT} held-out conversations:",
         "",
-        "| tower | captions: before | stage 1 | questions: before | stage 1 | stage 2 |",
-        "|---|---|---|---|---|---|",
+        "| tower | captions: before | stage 1 | stage 2 | questions: before | stage 1 | stage 2 |",
+        "|---|---|---|---|---|---|---|",
     ]
-    columns = ("chats_caption before", "chats_caption stage 1", "chats before", "chats stage 1", "chats stage 2")
     for arm, found in losses.items():
-        lines.append(f"| {arm} | " + " | ".join(f"{found[column]:.3f}" for column in columns) + " |")
+        cells = [f"{found[f'{stem} {when}']:.3f}" for stem in STEMS for when in ("before", "stage 1", "stage 2")]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
     lines += [
         "",
-        "Stage 1 learns captions in the plain template: its loss on questions, in the chat template, need not fall.",
+        "Stage 1 learns captions in the plain template, stage 2 questions in the chat template: the loss of each on the "
+        "other's kind need not fall.",
         "",
         "lmms-eval's tasks on unseen scenes, in percent; the 95 % interval is over pictures:",
         "",
