@@ -248,8 +248,8 @@ def table(losses: dict[str, dict[str, float]], report: dict[str, Any], places: P
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     lines += [
         "",
-        "Stage 1 learns captions in the plain template, stage 2 questions in the chat template: the loss of each on the "
-        "other's kind need not fall.",
+        "Stage 1 learns captions in the plain template, stage 2 questions in the chat template: the loss of "
+        "each on the other's kind need not fall.",
         "",
         "lmms-eval's tasks on unseen scenes, in percent; the 95 % interval is over pictures:",
         "",
