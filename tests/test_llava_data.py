@@ -185,23 +185,24 @@ def test_pictures_missing_or_under_another_suffix(tmp_path: Path) -> None:
     draw(tmp_path / "ocr_vqa" / "images" / "1.GIF")
     draw(tmp_path / "ocr_vqa" / "images" / "2.png")
     (tmp_path / "ocr_vqa" / "images" / "3.jpg").write_bytes((tmp_path / "ocr_vqa" / "images" / "1.GIF").read_bytes())
-    entries = [entry(id=str(i), image=f"ocr_vqa/images/{i}.jpg") for i in (1, 2, 3)]
-    gone = [entry(id="4", image="ocr_vqa/images/4.jpg"), entry(id="5", image="coco/5.jpg")]
+    draw(tmp_path / "ocr_vqa" / "images" / "8.JPG")
+    entries = [entry(id=str(i), image=f"ocr_vqa/images/{i}.jpg") for i in (1, 2, 3, 8)]
+    gone = [entry(id="4", image="ocr_vqa/images/4.jpg"), entry(id="5", image="coco/5.jpg"), entry(id="9", image="A.jpg")]
     text_only = entry(id="6", image=None, conversations=turns("Hi", "Hello"))
     numbered = entry(id="7", image="00453/a.jpg")
     draw(tmp_path / "00453" / "a.jpg")
     file = write(tmp_path, *entries, *gone, text_only, numbered)
-    with pytest.raises(DataError, match=r"entry 3 \(id '4'\).*4\.jpg does not exist.*missing: skip"):
+    with pytest.raises(DataError, match=r"entry 4 \(id '4'\).*4\.jpg does not exist.*missing: skip"):
         read_chats(file, tmp_path)
     chats = read_chats(file, tmp_path, "skip")
-    assert [chats[i].id for i in range(len(chats))] == ["1", "2", "3", "6", "7"]
-    assert [picture.name for i in range(3) for picture in chats[i].pictures] == ["1.GIF", "2.png", "3.jpg"]
-    assert chats.findings.kept == {"ocr_vqa": 3, "(text only)": 1, "(numbered folders)": 1}
-    assert chats.findings.missing == {"ocr_vqa": 1, "coco": 1}
-    assert chats.findings.resuffixed == {"ocr_vqa": 2}
-    assert "left out, a picture is missing: 2 (coco 1, ocr_vqa 1)" in str(chats.findings)
+    assert [chats[i].id for i in range(len(chats))] == ["1", "2", "3", "8", "6", "7"]
+    assert [picture.name for i in range(4) for picture in chats[i].pictures] == ["1.GIF", "2.png", "3.jpg", "8.JPG"]
+    assert chats.findings.kept == {"ocr_vqa": 4, "(text only)": 1, "(numbered folders)": 1}
+    assert chats.findings.missing == {"ocr_vqa": 1, "coco": 1, "images": 1}
+    assert chats.findings.resuffixed == {"ocr_vqa": 3}
+    assert "left out, a picture is missing: 3 (coco 1, images 1, ocr_vqa 1)" in str(chats.findings)
     with pytest.raises(IndexError):
-        chats[5]
+        chats[6]
     with pytest.raises(DataError, match="leaves no conversation"):
         read_chats(write(tmp_path, *gone), tmp_path, "skip")
 
