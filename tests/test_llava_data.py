@@ -187,7 +187,11 @@ def test_pictures_missing_or_under_another_suffix(tmp_path: Path) -> None:
     (tmp_path / "ocr_vqa" / "images" / "3.jpg").write_bytes((tmp_path / "ocr_vqa" / "images" / "1.GIF").read_bytes())
     draw(tmp_path / "ocr_vqa" / "images" / "8.JPG")
     entries = [entry(id=str(i), image=f"ocr_vqa/images/{i}.jpg") for i in (1, 2, 3, 8)]
-    gone = [entry(id="4", image="ocr_vqa/images/4.jpg"), entry(id="5", image="coco/5.jpg"), entry(id="9", image="A.jpg")]
+    gone = [
+        entry(id="4", image="ocr_vqa/images/4.jpg"),
+        entry(id="5", image="coco/5.jpg"),
+        entry(id="9", image="A.jpg"),
+    ]
     text_only = entry(id="6", image=None, conversations=turns("Hi", "Hello"))
     numbered = entry(id="7", image="00453/a.jpg")
     draw(tmp_path / "00453" / "a.jpg")

@@ -59,8 +59,8 @@ def projector(config: LlavaConfig) -> "LlavaTask":
 def later(config: LlavaConfig) -> "LlavaTask":
     """Every other stage: a LLaVA that an earlier one wrote, on conversations."""
     assert config.llava is not None  # LlavaConfig refuses the stage without it
-    origin = manifest.read(config.llava, "llava").config
     shape, processor = described(config.llava, config.data.geometry)
+    origin = manifest.verify(config.llava).config
     print(compose.describe(shape, processor))
     chats = Sets.read(config, processor, template_of(processor.tokenizer.chat_template))
     if config.stage == "qlora":
@@ -73,7 +73,9 @@ def later(config: LlavaConfig) -> "LlavaTask":
 
 
 def described(llava: Path, geometry: Geometry) -> tuple[ModelConfig, LlavaProcessor]:
-    """Config of a LLaVA folder, and its processor with a recipe's geometry; no weight is loaded."""
+    """Config of a LLaVA folder, and its processor with a recipe's geometry; no weight is loaded. Raises DataError for a
+    folder that no stage has finished."""
+    manifest.read(llava, "llava")
     processor = save.load_processor(llava)
     processor.image_processor = with_geometry(processor.image_processor, geometry)
     return ModelConfig.from_pretrained(llava, local_files_only=True), processor
@@ -137,6 +139,7 @@ class LlavaTask:
         self.module: nn.Module = AnswerObjective(self.model)
         self.entries: tuple[str, ...] = ()
         self.data_fingerprint = manifest.fingerprint(config.data.chats)
+        self.base = {role: manifest.fingerprint(folder) for role, folder in parents.items()}
         self.dataset: Dataset[dict[str, Any]] = TrainingChats(chats.train, config.run.seed)
         self.shards: Shards = Unsharded(len(chats.train))
         self.max_bad_fraction = config.data.max_bad_fraction
