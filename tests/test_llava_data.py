@@ -9,12 +9,15 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import IMAGE_SIZE, IMAGE_TOKENS
 from PIL import Image
 from transformers import LlavaProcessor
 
+from encoders.data import tables
+from encoders.data.order import StepOrder
 from encoders.errors import DataError
 from eval.answering.chat_model import ChatModel
 from llava_adapter.chat import IGNORED, TEMPLATES, encode
@@ -178,6 +181,34 @@ def test_every_schema_and_format_gives_the_same(tmp_path: Path, processor: Llava
         for other in seen[1:]:
             assert torch.equal(seen[0]["input_ids"], other["input_ids"])
             assert torch.equal(seen[0]["pixel_values"], other["pixel_values"])
+
+
+def test_an_epoch_reads_each_row_group_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order that training draws: 20 groups, of which a worker can hold about four."""
+    rows = [{"id": str(i), "texts": [{"user": "What?", "assistant": f"{i} a dog" * 100}]} for i in range(200)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=10)
+    group = read_chats(tmp_path, tmp_path)
+    monkeypatch.setattr(tables, "GROUPS_BYTES", 4 * group._rows._load(0).nbytes)  # type: ignore[attr-defined]
+    chats, opened = read_chats(tmp_path, tmp_path), []
+    read = pyarrow.parquet.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pyarrow.parquet.ParquetFile, "read_row_group", lambda file, i, **o: opened.append(i) or read(file, i, **o)
+    )
+    shards = chats.shards
+    seen = []
+    for items in StepOrder(shards.sizes, 10, 20, 0, rank=0, world=1, window=shards.window):
+        seen += [chats[index].id for _, index in items]
+    assert sorted(seen, key=int) == [str(i) for i in range(200)]
+    assert seen != [str(i) for i in range(200)]
+    assert sorted(opened) == list(range(20))
+
+
+def test_a_table_that_is_damaged_is_named(tmp_path: Path) -> None:
+    for name, file in (("parquet", "0.parquet"), ("saved", "dataset_info.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
+        with pytest.raises(DataError, match=rf"{file} (is no parquet file|does not tell the columns)"):
+            read_chats(tmp_path / name, tmp_path)
 
 
 def test_pictures_missing_or_under_another_suffix(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import LlavaConfig as ModelConfig
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from encoders import manifest
-from encoders.data.order import Shards, Unsharded
+from encoders.data.order import Shards
 from llava_adapter import compose, packing, save, tuning
 from llava_adapter.chat import IGNORED, TEMPLATES, template_of
 from llava_adapter.data.batch import collate
@@ -141,7 +141,7 @@ class LlavaTask:
         self.data_fingerprint = manifest.fingerprint(config.data.chats)
         self.base = {role: manifest.fingerprint(folder) for role, folder in parents.items()}
         self.dataset: Dataset[dict[str, Any]] = TrainingChats(chats.train, config.run.seed)
-        self.shards: Shards = Unsharded(len(chats.train))
+        self.shards: Shards = chats.train.chats.shards
         self.max_bad_fraction = config.data.max_bad_fraction
         self.before: dict[str, Tensor] = tuning.snapshot(self.model)
 
