@@ -60,9 +60,9 @@ def later(config: LlavaConfig) -> "LlavaTask":
     """Every other stage: a LLaVA that an earlier one wrote, on conversations."""
     assert config.llava is not None  # LlavaConfig refuses the stage without it
     shape, processor = described(config.llava, config.data.geometry)
-    origin = manifest.verify(config.llava).config
     print(compose.describe(shape, processor))
     chats = Sets.read(config, processor, template_of(processor.tokenizer.chat_template))
+    origin = manifest.verify(config.llava).config
     if config.stage == "qlora":
         model = load_quantised(config.llava, config.bits, torch.bfloat16)
     else:
