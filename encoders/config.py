@@ -93,6 +93,8 @@ class TextConfig:
     """Folder with a tokenizer.json; null trains a small one of `vocab_size` on the training captions."""
 
     def __post_init__(self) -> None:
+        if min(self.width, self.layers, self.heads) < 1:
+            raise UsageError("text.width, text.layers and text.heads must be at least 1")
         if self.width % self.heads:
             raise UsageError(f"text.width {self.width} is not a multiple of text.heads {self.heads}")
         if self.length < 4:
@@ -113,6 +115,8 @@ class CaptionerConfig:
     heads: int = 8
 
     def __post_init__(self) -> None:
+        if min(self.width, self.layers, self.heads) < 1:
+            raise UsageError("captioner.width, captioner.layers and captioner.heads must be at least 1")
         if self.width % self.heads:
             raise UsageError(f"captioner.width {self.width} is not a multiple of captioner.heads {self.heads}")
         if self.tokens < 2:
@@ -299,7 +303,7 @@ class EncoderConfig:
         """Read what `to_dict` wrote. Raises ModelError for a file that is not an encoder config."""
         try:
             return _from_dict(cls, json.loads(file.read_text()))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # a damaged file may hold anything, and fails in as many ways
             raise ModelError(f"{file} is not the config of an encoder run ({error!r})") from error
 
 

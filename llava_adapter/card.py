@@ -15,15 +15,10 @@ from encoders import manifest
 from encoders.errors import DataError
 from encoders.manifest import Manifest
 
-DATASETS = {  # by bench, what lmms-eval's task reads
-    "mme": "lmms-lab-encoder/MME",
-    "pope": "lmms-lab-encoder/POPE",
-    "gqa": "lmms-lab-encoder/GQA",
-    "textvqa": "lmms-lab-encoder/textvqa",
-}
 STAGES = ("projector", "full", "lora", "qlora", "tower")  # in the order in which they can follow each other
 Results = Mapping[str, Mapping[str, Any]]
-"""By bench: task, metrics, protocol, questions."""
+"""By bench, as in results.json: task, metrics, protocol, questions, dataset."""
+LOCAL = "local"  # revision of a data set that nobody fetched: it may hold anything
 
 
 def llava_card(
@@ -110,7 +105,7 @@ It fits {base_model} only: on other weights it loads and answers badly.
 def read_results(folder: Path, model: Manifest) -> Results:
     """The scores in a results folder of eval-mllm.
 
-    Raises DataError if they are another model's, or of a part of the questions only.
+    Raises DataError if they are another model's, of a part of the questions only, or if questions had no answer.
     """
     seal = manifest.read(folder, "results")
     manifest.verify(folder)
@@ -122,9 +117,14 @@ def read_results(folder: Path, model: Manifest) -> Results:
         raise DataError(
             f"{folder} answered only {seal.config['limit']} questions per bench; run eval-mllm without --limit"
         )
-    benches = json.loads((folder / "results.json").read_text())["benches"]
-    local = seal.parents.get("data")
-    return {name: {**bench, "data": local.fingerprint if local else None} for name, bench in benches.items()}
+    benches: Results = json.loads((folder / "results.json").read_text())["benches"]
+    for name, bench in benches.items():
+        if bench["failed"]:
+            raise DataError(
+                f"{folder}: {len(bench['failed'])} questions of {name} had no answer and count as wrong; run eval-mllm "
+                "without --allow-errors"
+            )
+    return benches
 
 
 def _metadata(
@@ -133,9 +133,11 @@ def _metadata(
     scores = [
         EvalResult(
             task_type="image-text-to-text",
-            dataset_type=DATASETS[name] if bench["data"] is None else "custom",
+            dataset_type="custom" if _is_local(bench) else bench["dataset"]["repository"],
             dataset_name=_dataset(name, bench),
-            dataset_split=bench["protocol"]["split"],
+            dataset_config=bench["dataset"]["config"] or None,
+            dataset_split=bench["dataset"]["split"],
+            dataset_revision=None if _is_local(bench) else bench["dataset"]["revision"],
             metric_type=metric,
             metric_value=round(value, 4),
         )
@@ -154,9 +156,14 @@ def _metadata(
     ).to_yaml()
 
 
+def _is_local(bench: Mapping[str, Any]) -> bool:
+    return bool(bench["dataset"]["revision"] == LOCAL)
+
+
 def _dataset(name: str, bench: Mapping[str, Any]) -> str:
-    """Questions of one's own are named as such: their scores stand beside nobody else's."""
-    return name if bench["data"] is None else f"{name}-shaped questions of our own ({bench['data'][:12]})"
+    """Questions that were not fetched are named as such: their scores stand beside nobody else's."""
+    asked = bench["dataset"]["fingerprint"][:12]
+    return f"{name}-shaped questions from a local folder ({asked})" if _is_local(bench) else name
 
 
 def _training(seal: Manifest) -> str:

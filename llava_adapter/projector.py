@@ -18,8 +18,10 @@ PROJECTOR, TOWER = "multi_modal_projector.", "vision_tower.vision_model."
 def trained_projector(llava: Path, encoder: Path, llm: Path, tower: CLIPVisionModel) -> dict[str, Tensor]:
     """The projector's state in a finished LLaVA folder that was made of `encoder` (loaded as `tower`) and `llm`.
 
-    Raises ModelError if its manifest says otherwise, or if its tower is not the encoder's any more (it was trained on).
+    Raises DataError if it is no such folder, ModelError if its manifest says otherwise, or if its tower is not the
+    encoder's any more (it was trained on).
     """
+    manifest.read(llava, "llava")
     origin = manifest.verify(llava).config
     for role, folder in (("encoder", encoder), ("llm", llm)):
         trained_on, given = origin[role]["fingerprint"], manifest.fingerprint(folder)

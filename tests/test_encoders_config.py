@@ -1,11 +1,13 @@
 """Encoder configs check themselves: sizes that make no tower are refused where they are stated."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from encoders.config import VisionConfig
-from encoders.errors import UsageError
+from encoders.config import CaptionerConfig, EncoderConfig, TextConfig, VisionConfig
+from encoders.errors import ModelError, UsageError
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no picture": ({"image_size": 0}, r"image_size 0 has no room for a patch of 16"),
@@ -29,3 +31,25 @@ def test_image_towers_that_cannot_be_are_refused(name: str) -> None:
     given, reason = REFUSED[name]
     with pytest.raises(UsageError, match=reason):
         VisionConfig(**given)
+
+
+@pytest.mark.parametrize("config_class", [TextConfig, CaptionerConfig])
+def test_a_tower_of_nothing_is_refused(config_class: Any) -> None:
+    for name in ("width", "layers", "heads"):
+        with pytest.raises(UsageError, match=f"{name}.* must be at least 1"):
+            config_class(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *([1, 2], None, "text", {"vision": [1]}, {"vision": 3}, {"objective": ["a"]}, {"text": {"heads": 0}}),
+        *({"preprocess": {"crop_area": [0.5]}}, {"vision": {"image_size": 230}}, {"unknown": 1}),
+    ],
+    ids=str,
+)
+def test_a_file_that_is_no_encoder_config_is_named(content: Any, tmp_path: Path) -> None:
+    """Whatever it holds: never a traceback."""
+    (tmp_path / "encoder.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"encoder\.json is not the config of an encoder run"):
+        EncoderConfig.read(tmp_path / "encoder.json")

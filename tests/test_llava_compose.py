@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaForConditionalGeneration, LlavaProcessor
 
 from encoders import manifest
-from encoders.errors import ModelError, UsageError
+from encoders.errors import DataError, ModelError, UsageError
 from encoders.pretrained import load_strict
 from llava_adapter.chat import TEMPLATES, ChatTemplate
 from llava_adapter.compose import build, compose, describe, draft
@@ -290,6 +290,10 @@ def test_a_trained_projector_fits_only_what_it_was_trained_between(
     other = draft(tiny_encoder, write_llm(tmp_path / "llm", seed=1), "llama3", "crop", torch.float32)
     with pytest.raises(ModelError, match="trained on another llm"):
         build(other, tmp_path / "llava")
+    (tmp_path / "no_llava").mkdir()
+    manifest.seal(tmp_path / "no_llava", "encoder", {})
+    with pytest.raises(DataError, match="holds a 'encoder' artifact where 'llava' is needed"):
+        build(plan, tmp_path / "no_llava")
     # The manifest may still name the encoder when the tower has been trained on since.
     with torch.no_grad():
         next(model.model.vision_tower.parameters()).add_(0.1)

@@ -9,12 +9,15 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import IMAGE_SIZE, IMAGE_TOKENS
 from PIL import Image
 from transformers import LlavaProcessor
 
+from encoders.data import tables
+from encoders.data.order import StepOrder
 from encoders.errors import DataError
 from eval.answering.chat_model import ChatModel
 from llava_adapter.chat import IGNORED, TEMPLATES, encode
@@ -180,28 +183,61 @@ def test_every_schema_and_format_gives_the_same(tmp_path: Path, processor: Llava
             assert torch.equal(seen[0]["pixel_values"], other["pixel_values"])
 
 
+def test_an_epoch_reads_each_row_group_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order that training draws: 20 groups, of which a worker can hold about four."""
+    rows = [{"id": str(i), "texts": [{"user": "What?", "assistant": f"{i} a dog" * 100}]} for i in range(200)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=10)
+    group = read_chats(tmp_path, tmp_path)
+    monkeypatch.setattr(tables, "GROUPS_BYTES", 4 * group._rows._load(0).nbytes)  # type: ignore[attr-defined]
+    chats, opened = read_chats(tmp_path, tmp_path), []
+    read = pyarrow.parquet.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pyarrow.parquet.ParquetFile, "read_row_group", lambda file, i, **o: opened.append(i) or read(file, i, **o)
+    )
+    shards = chats.shards
+    seen = []
+    for items in StepOrder(shards.sizes, 10, 20, 0, rank=0, world=1, window=shards.window):
+        seen += [chats[index].id for _, index in items]
+    assert sorted(seen, key=int) == [str(i) for i in range(200)]
+    assert seen != [str(i) for i in range(200)]
+    assert sorted(opened) == list(range(20))
+
+
+def test_a_table_that_is_damaged_is_named(tmp_path: Path) -> None:
+    for name, file in (("parquet", "0.parquet"), ("saved", "dataset_info.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
+        with pytest.raises(DataError, match=rf"{file} (is no parquet file|does not tell the columns)"):
+            read_chats(tmp_path / name, tmp_path)
+
+
 def test_pictures_missing_or_under_another_suffix(tmp_path: Path) -> None:
     """OCR-VQA's entries all say .jpg; its files are .gif, .png, or gone."""
     draw(tmp_path / "ocr_vqa" / "images" / "1.GIF")
     draw(tmp_path / "ocr_vqa" / "images" / "2.png")
     (tmp_path / "ocr_vqa" / "images" / "3.jpg").write_bytes((tmp_path / "ocr_vqa" / "images" / "1.GIF").read_bytes())
-    entries = [entry(id=str(i), image=f"ocr_vqa/images/{i}.jpg") for i in (1, 2, 3)]
-    gone = [entry(id="4", image="ocr_vqa/images/4.jpg"), entry(id="5", image="coco/5.jpg")]
+    draw(tmp_path / "ocr_vqa" / "images" / "8.JPG")
+    entries = [entry(id=str(i), image=f"ocr_vqa/images/{i}.jpg") for i in (1, 2, 3, 8)]
+    gone = [
+        entry(id="4", image="ocr_vqa/images/4.jpg"),
+        entry(id="5", image="coco/5.jpg"),
+        entry(id="9", image="A.jpg"),
+    ]
     text_only = entry(id="6", image=None, conversations=turns("Hi", "Hello"))
     numbered = entry(id="7", image="00453/a.jpg")
     draw(tmp_path / "00453" / "a.jpg")
     file = write(tmp_path, *entries, *gone, text_only, numbered)
-    with pytest.raises(DataError, match=r"entry 3 \(id '4'\).*4\.jpg does not exist.*missing: skip"):
+    with pytest.raises(DataError, match=r"entry 4 \(id '4'\).*4\.jpg does not exist.*missing: skip"):
         read_chats(file, tmp_path)
     chats = read_chats(file, tmp_path, "skip")
-    assert [chats[i].id for i in range(len(chats))] == ["1", "2", "3", "6", "7"]
-    assert [picture.name for i in range(3) for picture in chats[i].pictures] == ["1.GIF", "2.png", "3.jpg"]
-    assert chats.findings.kept == {"ocr_vqa": 3, "(text only)": 1, "(numbered folders)": 1}
-    assert chats.findings.missing == {"ocr_vqa": 1, "coco": 1}
-    assert chats.findings.resuffixed == {"ocr_vqa": 2}
-    assert "left out, a picture is missing: 2 (coco 1, ocr_vqa 1)" in str(chats.findings)
+    assert [chats[i].id for i in range(len(chats))] == ["1", "2", "3", "8", "6", "7"]
+    assert [picture.name for i in range(4) for picture in chats[i].pictures] == ["1.GIF", "2.png", "3.jpg", "8.JPG"]
+    assert chats.findings.kept == {"ocr_vqa": 4, "(text only)": 1, "(numbered folders)": 1}
+    assert chats.findings.missing == {"ocr_vqa": 1, "coco": 1, "images": 1}
+    assert chats.findings.resuffixed == {"ocr_vqa": 3}
+    assert "left out, a picture is missing: 3 (coco 1, images 1, ocr_vqa 1)" in str(chats.findings)
     with pytest.raises(IndexError):
-        chats[5]
+        chats[6]
     with pytest.raises(DataError, match="leaves no conversation"):
         read_chats(write(tmp_path, *gone), tmp_path, "skip")
 

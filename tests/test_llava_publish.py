@@ -134,11 +134,16 @@ def llava(tiny_llava: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def results(folder: Path, model: Path, limit: int | None = None) -> Path:
-    bench = {"task": "pope", "questions": 9000, "metrics": {"pope_accuracy": 0.861}}
-    bench["protocol"] = {"split": "test", "scoring": "exactly yes or no"}
+def results(folder: Path, model: Path, limit: int | None = None, failed: int = 0) -> Path:
+    """Of POPE as it was fetched, and of questions that lay in a folder."""
+    benches: dict[str, Any] = {}
+    for name, repository, revision in (("pope", "lmms-lab-encoder/POPE", "c" * 40), ("mmmu", "lmms/MMMU", "local")):
+        bench = {"task": name, "questions": 9000, "metrics": {f"{name}_accuracy": 0.861}, "failed": [{}] * failed}
+        bench["dataset"] = {"repository": repository, "config": "Full", "split": "test", "revision": revision}
+        bench["dataset"]["fingerprint"] = "d" * 64
+        benches[name] = {**bench, "protocol": {"split": "test", "scoring": "exactly yes or no"}}
     folder.mkdir()
-    (folder / "results.json").write_text(json.dumps({"benches": {"pope": bench}}))
+    (folder / "results.json").write_text(json.dumps({"benches": benches}))
     manifest.seal(folder, "results", {"limit": limit}, {"model": model})
     return folder
 
@@ -161,9 +166,13 @@ def test_a_llava_brings_a_card_and_leaves_its_run_behind(
         "image-text-to-text",
     )
     assert (card.data.base_model, card.data.base_model_relation) == ([REPO, "meta/llm"], "finetune")
-    assert [(r.dataset_type, r.metric_type, r.metric_value) for r in card.data.eval_results] == [
-        ("lmms-lab-encoder/POPE", "pope_accuracy", 0.861)
+    told = [(r.dataset_type, r.dataset_revision, r.metric_type, r.metric_value) for r in card.data.eval_results]
+    assert told == [
+        ("lmms-lab-encoder/POPE", "c" * 40, "pope_accuracy", 0.861),
+        ("custom", None, "mmmu_accuracy", 0.861),
     ]
+    assert "\n| pope | pope_accuracy |" in card.content
+    assert "\n| mmmu-shaped questions from a local folder (dddddddddddd) | mmmu_accuracy |" in card.content
     assert "* lora: projector (lr 2e-05), language model (LoRA r 4 alpha 8, lr 0.001); 3 steps of 2" in card.content
     assert not (llava / "README.md").exists()  # the folder is as it was
     assert str(tmp_path).encode() not in b"".join(files.values())
@@ -178,6 +187,9 @@ def test_scores_of_another_model_or_of_a_few_questions_are_not_published(
     part = results(tmp_path / "part", llava, limit=10)
     with pytest.raises(DataError, match="answered only 10 questions"):
         run(f"{llava} someone/llava --license mit --results {part}", monkeypatch)
+    unanswered = results(tmp_path / "unanswered", llava, failed=3)
+    with pytest.raises(DataError, match="3 questions of pope had no answer"):
+        run(f"{llava} someone/llava --license mit --results {unanswered}", monkeypatch)
 
 
 def test_an_adapter_names_the_published_model_it_belongs_to(

@@ -16,11 +16,11 @@ import torch
 from conftest import write_encoder, write_llm
 from llava_runs import CONVERSATIONS, STEPS, config, losses, sealed, train, write_chats
 from pair_runs import ROOT, finish, torchrun
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from encoders import manifest
-from encoders.errors import DataError, UsageError
+from encoders.errors import DataError, SwapError, UsageError
 from llava_adapter import quantised
 from llava_adapter.save import load_llava
 from train import llava_plan, llava_task, tune_llava
@@ -174,8 +174,8 @@ def test_the_plan_of_a_run_is_what_the_run_does(sources: Sources, chats: Path, t
     text = llava_plan.describe(run, 1)
     assert "1 of 12 conversations: 1.00 epochs" in text
     model, processor = load_llava(sources("tower")["llava"], torch.float32)
-    lengths = llava_plan.measure(run, processor, "llama3")
     sets = llava_task.Sets.read(run, processor, "llama3")
+    lengths = llava_plan.measure(sets.train)
     task = llava_task.LlavaTask(run, {}, model, processor, sets, sources("tower"))
     batch = task.collate([task.dataset[0, i] for i in range(CONVERSATIONS)])
     assert lengths.tokens * CONVERSATIONS == pytest.approx(batch["input_ids"].numel())
@@ -229,6 +229,34 @@ def test_a_missing_picture_is_told_before_any_weight_is_read(
         llava_task.build(run)
 
 
+def test_a_plan_refuses_what_the_run_would(sources: Sources, chats: Path, tiny_llava: Path, tmp_path: Path) -> None:
+    for settings, said in (
+        ({"held_out": tmp_path / "none.json"}, r"none\.json does not exist"),
+        ({"run.batch_size": 6}, "batch_size 6 does not divide into 4 rank"),
+        ({"llava": tiny_llava}, "has no manifest.json: its stage did not finish"),
+    ):
+        with pytest.raises(SwapError, match=said):
+            llava_plan.describe(config("lora", tmp_path / "run", chats, sources("lora"), **settings), 4)
+
+
+def test_a_resume_on_other_weights_is_refused(sources: Sources, chats: Path, tmp_path: Path) -> None:
+    """The same settings and the same folder, with another LLaVA in it: checkpoints hold nothing of what is frozen."""
+    folders, out = sources("lora"), tmp_path / "run"
+    train(config("lora", out, chats, folders), float32=False)
+    (out / manifest.MANIFEST).unlink()
+    shutil.rmtree(out / "checkpoints" / f"step-{STEPS:08d}")
+    file = folders["llava"] / "model.safetensors"
+    weights = load_file(file)
+    weights["language_model.model.norm.weight"] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    again = config("lora", out, chats, folders, **{"run.resume": True})
+    with pytest.raises(DataError, match=r"model\.safetensors is not the file that .*manifest\.json describes"):
+        llava_task.build(again)
+    manifest.seal(folders["llava"], "llava", manifest.read(folders["llava"]).config)
+    with pytest.raises(UsageError, match=r"cannot resume .*base\.llava: "):
+        train(again, float32=False)
+
+
 def test_the_plan_shows_pictures_as_the_run_does(
     sources: Sources, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -278,6 +306,12 @@ def test_a_weight_decay_is_refused_rather_than_forgotten() -> None:
         (["--stage=qlora", "--llava=x", "--llm=y"], "stage qlora takes no `llm`"),
         (["--stage=lora", "--llava=x", "--projector=y"], "stage lora takes no `projector`"),
         (["--stage=tower", "--llava=x", "--vision=lora", "--language=full"], "does not go with `language: full`"),
+        (["--stage=lora", "--llava=x", "--projector_lr=-1"], "projector_lr is -1.0 but must be above 0"),
+        (["--stage=lora", "--llava=x", "--lora_r=0"], "lora_r is 0 but must be above 0"),
+        (["--stage=lora", "--llava=x", "--lora_dropout=1.5"], "lora_dropout is 1.5 but must be from 0"),
+        (["--stage=lora", "--llava=x", "--optim.clip_norm=-1"], "optim.clip_norm is -1.0 but must be positive"),
+        (["--stage=lora", "--llava=x", "--optim.betas=[0.9,1]"], "but must be from 0 to below 1"),
+        (["--stage=lora", "--llava=x", "--optim.warmup_steps=-1"], "optim.warmup_steps is -1"),
     ],
 )
 def test_impossible_stages(options: list[str], said: str) -> None:

@@ -88,6 +88,13 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise UsageError(f"optim.lr is {self.lr} but must be positive")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UsageError(f"optim.betas are {self.betas} but must be from 0 to below 1")
+        if self.clip_norm is not None and self.clip_norm <= 0:  # a negative one would turn every gradient round
+            raise UsageError(f"optim.clip_norm is {self.clip_norm} but must be positive; null clips nothing")
+        for name in ("eps", "weight_decay", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"optim.{name} is {getattr(self, name)} but must not be negative")
 
 
 @dataclass(frozen=True)
@@ -220,6 +227,11 @@ class LlavaConfig:
             raise UsageError(f"stage {self.stage} takes no `projector`; its llava has one")
         if self.optim.weight_decay:
             raise UsageError(f"optim.weight_decay is {self.optim.weight_decay} but a LLaVA stage has none; set it to 0")
+        for name in ("projector_lr", "vision_lr", "lora_r", "lora_alpha"):
+            if getattr(self, name) <= 0:
+                raise UsageError(f"{name} is {getattr(self, name)} but must be above 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise UsageError(f"lora_dropout is {self.lora_dropout} but must be from 0 to below 1")
         if self.stage == "tower" and (self.vision, self.language) == ("lora", "full"):
             raise UsageError(
                 "stage tower: `vision: lora` does not go with `language: full`; choose lora or full for both"

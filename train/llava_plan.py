@@ -16,12 +16,12 @@ from torch import nn
 from transformers import LlavaConfig as ModelConfig
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from encoders.data.order import StepOrder
 from llava_adapter import compose, tuning
-from llava_adapter.chat import IGNORED, TEMPLATES, template_of
+from llava_adapter.chat import IGNORED, template_of
 from llava_adapter.data.dataset import ChatDataset
-from llava_adapter.data.readers import read_chats
 from train.config import LlavaConfig
-from train.llava_task import CAPTION_TEMPLATE, described, plan_of
+from train.llava_task import CAPTION_TEMPLATE, Sets, described, plan_of
 
 SAMPLE = 1000  # conversations that are tokenised
 H200 = 790e12  # FLOP/s of bfloat16 products that one reaches
@@ -52,13 +52,15 @@ def show(config: LlavaConfig) -> None:
 def describe(config: LlavaConfig, processes: int) -> str:
     """What a run would do and cost, in words."""
     shape, processor, template = _parts(config)
-    lengths = measure(config, processor, template)
+    chats = Sets.read(config, processor, template).train
+    lengths = measure(chats)
+    run = config.run
+    StepOrder(len(chats), run.batch_size, run.steps, run.seed, rank=0, world=processes, micro_batches=run.micro_batches)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(shape).bfloat16()
     model.config.dtype = torch.bfloat16
     folder = sum(p.numel() * p.element_size() for p in model.parameters())
     tuned = tuning.apply(model, plan_of(config))
-    run = config.run
     flops = step_flops(tuned, config, lengths)
     hours = run.steps * flops / (H200 * SHARE * processes) / 3600
     here = run.steps * flops / (_speed_here() * SHARE * processes) / 3600
@@ -97,19 +99,16 @@ def _parts(config: LlavaConfig) -> tuple[ModelConfig, LlavaProcessor, str]:
     return plan.config, plan.processor, CAPTION_TEMPLATE
 
 
-def measure(config: LlavaConfig, processor: LlavaProcessor, template: str) -> Lengths:
+def measure(dataset: ChatDataset) -> Lengths:
     """Tokenise some conversations, evenly spread over the file, as training does."""
-    data = config.data
-    chats = read_chats(data.chats, data.images, data.missing)
-    dataset = ChatDataset(chats, processor, TEMPLATES[template], data.max_length)
     rows = []
-    for number in range(0, len(chats), max(1, len(chats) // SAMPLE)):
-        chat = chats[number]
+    for number in range(0, len(dataset), max(1, len(dataset) // SAMPLE)):
+        chat = dataset.chats[number]
         labels = dataset.tokens(chat).labels
         rows.append((len(labels), sum(label != IGNORED for label in labels), len(chat.pictures)))
     tokens, supervised, images = zip(*rows, strict=True)
     return Lengths(
-        statistics.mean(tokens), statistics.mean(supervised), statistics.mean(images), max(tokens), len(chats)
+        statistics.mean(tokens), statistics.mean(supervised), statistics.mean(images), max(tokens), len(dataset)
     )
 
 

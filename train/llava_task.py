@@ -15,7 +15,7 @@ from transformers import LlavaConfig as ModelConfig
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from encoders import manifest
-from encoders.data.order import Shards, Unsharded
+from encoders.data.order import Shards
 from llava_adapter import compose, packing, save, tuning
 from llava_adapter.chat import IGNORED, TEMPLATES, template_of
 from llava_adapter.data.batch import collate
@@ -59,10 +59,10 @@ def projector(config: LlavaConfig) -> "LlavaTask":
 def later(config: LlavaConfig) -> "LlavaTask":
     """Every other stage: a LLaVA that an earlier one wrote, on conversations."""
     assert config.llava is not None  # LlavaConfig refuses the stage without it
-    origin = manifest.read(config.llava, "llava").config
     shape, processor = described(config.llava, config.data.geometry)
     print(compose.describe(shape, processor))
     chats = Sets.read(config, processor, template_of(processor.tokenizer.chat_template))
+    origin = manifest.verify(config.llava).config
     if config.stage == "qlora":
         model = load_quantised(config.llava, config.bits, torch.bfloat16)
     else:
@@ -73,7 +73,9 @@ def later(config: LlavaConfig) -> "LlavaTask":
 
 
 def described(llava: Path, geometry: Geometry) -> tuple[ModelConfig, LlavaProcessor]:
-    """Config of a LLaVA folder, and its processor with a recipe's geometry; no weight is loaded."""
+    """Config of a LLaVA folder, and its processor with a recipe's geometry; no weight is loaded. Raises DataError for a
+    folder that no stage has finished."""
+    manifest.read(llava, "llava")
     processor = save.load_processor(llava)
     processor.image_processor = with_geometry(processor.image_processor, geometry)
     return ModelConfig.from_pretrained(llava, local_files_only=True), processor
@@ -137,8 +139,9 @@ class LlavaTask:
         self.module: nn.Module = AnswerObjective(self.model)
         self.entries: tuple[str, ...] = ()
         self.data_fingerprint = manifest.fingerprint(config.data.chats)
+        self.base = {role: manifest.fingerprint(folder) for role, folder in parents.items()}
         self.dataset: Dataset[dict[str, Any]] = TrainingChats(chats.train, config.run.seed)
-        self.shards: Shards = Unsharded(len(chats.train))
+        self.shards: Shards = chats.train.chats.shards
         self.max_bad_fraction = config.data.max_bad_fraction
         self.before: dict[str, Tensor] = tuning.snapshot(self.model)
 

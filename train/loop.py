@@ -54,6 +54,9 @@ class Task(Protocol):
     config: dict[str, Any]
     data_fingerprint: str
     """Identity of the training data: a resume on other data is refused."""
+    base: dict[str, str]
+    """Fingerprints of the models that the run starts from, whose frozen weights no checkpoint holds: a resume on others
+    is refused."""
     module: nn.Module
     entries: tuple[str, ...]
     """Methods of `module` beside forward that `step` calls."""
@@ -195,8 +198,8 @@ def _whole(task: Task, plan: nn.Module | None, accelerator: Accelerator) -> Iter
 
 
 def _identity(task: Task) -> dict[str, Any]:
-    """What a checkpoint belongs to: it can be resumed under these settings, on this data, and no other."""
-    return {**task.config, "data_fingerprint": task.data_fingerprint}
+    """What a checkpoint belongs to: it can be resumed under these settings, on these data and models, and no others."""
+    return {**task.config, "data_fingerprint": task.data_fingerprint, "base": task.base}
 
 
 def _resume(task: Task, run: RunConfig, optimizer: Any, ledger: Ledger, accelerator: Accelerator) -> int:

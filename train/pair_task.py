@@ -94,6 +94,7 @@ class PairTask:
         self.module: nn.Module = model
         self.entries: tuple[str, ...] = ("encode",)  # cached_step's first pass
         self.data_fingerprint = samples.fingerprint()
+        self.base: dict[str, str] = {}  # a checkpoint holds every weight
         self.shards: Shards = samples
         self.model, self.tokenizer, self.samples = model, tokenizer, samples
         self.dataset: Dataset[dict[str, Any]] = TrainingPairs(

@@ -33,12 +33,10 @@ class Shards(Protocol):
 
 
 class Unsharded:
-    """`Shards` of a set any sample of which is at hand."""
+    """`Shards` of a set on this machine: of so many samples, any of which is at hand, or so many in each part."""
 
-    window = WINDOW
-
-    def __init__(self, samples: int):
-        self.sizes = np.array([samples], dtype=np.int64)
+    def __init__(self, samples: int | np.ndarray, window: int = WINDOW):
+        self.sizes, self.window = np.atleast_1d(np.asarray(samples, dtype=np.int64)), window
 
     def fetch_ahead(self, shards: np.ndarray) -> None:
         """Nothing."""

@@ -1,9 +1,10 @@
 """Finding and opening the pictures of conversations."""
 
 import io
+from os.path import splitext
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")  # OCR-VQA's entries all say .jpg, its files do not
 
@@ -19,18 +20,17 @@ class Finder:
         """The file at `path`, or the one that differs from it in nothing but the suffix; None if there is neither."""
         file = self.root / path
         names = self._names(file.parent)
-        if file.name in names:
-            return file
-        others = (names.get(file.stem.lower() + suffix) for suffix in SUFFIXES)
-        return next(
-            (file.with_name(name) for name in others if name is not None and Path(name).stem == file.stem), None
-        )
+        for name in (file.name, *(file.stem + suffix for suffix in SUFFIXES)):
+            if name in names:
+                return file.with_name(names[name])
+        return None
 
     def _names(self, folder: Path) -> dict[str, str]:
-        """Names by themselves, and by themselves in small letters."""
+        """Names by themselves, and by themselves with the suffix in small letters."""
         if folder not in self._listed:
-            found = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-            self._listed[folder] = {name.lower(): name for name in found} | {name: name for name in found}
+            found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+            small = {stem + suffix.lower(): stem + suffix for stem, suffix in map(splitext, found)}
+            self._listed[folder] = small | {name: name for name in found}
         return self._listed[folder]
 
 
@@ -41,5 +41,5 @@ def open_rgb(picture: Path | bytes | Image.Image) -> Image.Image:
             return picture.convert("RGB")
         with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
             return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's, for a broken file: of every kind, RuntimeError of a damaged AVIF among them
         raise ValueError(str(error)) from error

@@ -12,8 +12,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from encoders.data.order import Shards, Unsharded
 from encoders.data.tables import DatasetRows, ParquetRows, Rows
-from encoders.errors import DataError
+from encoders.errors import DataError, UsageError
 from llava_adapter.data.conversations import Conversation, Findings, parse
 from llava_adapter.data.pictures import Finder
 
@@ -25,6 +26,8 @@ class Chats(Protocol):
     """Conversations by number. Picklable."""
 
     findings: Findings
+    shards: Shards
+    """How they lie on their disk."""
 
     def __len__(self) -> int: ...
 
@@ -73,6 +76,7 @@ class FileChats:
         if not ends:
             raise DataError(f"{file} leaves no conversation: every one lacks a picture below {images}")
         self._packed, self._ends = bytes(packed), np.array([0, *ends], dtype=np.int64)
+        self.shards: Shards = Unsharded(len(ends))
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -109,6 +113,8 @@ class TableChats:
     def __init__(self, folder: Path, images: Path):
         self.findings, self._finder, self.folder = Findings(), Finder(images), folder
         self._rows = _open_rows(folder)
+        # A parquet file's rows are read by groups: drawn from everywhere, each would cost its whole group.
+        self.shards: Shards = Unsharded(self._rows.sizes, self._rows.window)
 
     def __len__(self) -> int:
         return int(self._rows.sizes.sum())
@@ -133,13 +139,24 @@ def _open_rows(folder: Path) -> Rows:
     """A folder of either kind, with those of our columns that it has."""
     info = folder / "dataset_info.json"
     if info.is_file():
-        return DatasetRows(folder, _known(json.loads(info.read_text())["features"], folder))
+        try:
+            features = list(json.loads(info.read_text())["features"])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise DataError(f"{info} does not tell the columns ({error!r}); save the data set again") from error
+        return DatasetRows(folder, _known(features, folder))
     files = sorted(folder.glob("*.parquet"))
     if not files:
         raise DataError(f"{folder} is neither a folder of Dataset.save_to_disk nor one of parquet files")
-    from pyarrow import parquet
-
-    return ParquetRows(folder, _known(parquet.read_schema(files[0]).names, folder))
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UsageError("parquet files need the extra: pip install 'encoder-swap[tables]'") from error
+    try:
+        names = parquet.read_schema(files[0]).names
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{files[0]} is no parquet file: {error}; fetch it again") from error
+    return ParquetRows(folder, _known(names, folder))
 
 
 def _known(names: Any, folder: Path) -> list[str]:
