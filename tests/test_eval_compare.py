@@ -17,6 +17,7 @@ from encoders.errors import DataError, UsageError
 from eval.compare import main
 from eval.comparing.bootstrap import Difference
 from eval.comparing.comparison import Comparison, compare, to_json
+from eval.comparing.flips import Flips, choose_flips
 from eval.comparing.measures import Measure, verdict_of
 from eval.comparing.published import published_for
 from eval.comparing.report import render
@@ -432,6 +433,13 @@ def test_parity_retrieval_and_views_are_of_the_encoder_that_was_evaluated(tmp_pa
     (tmp_path / "llava" / "config.json").write_text("{}")
     missing = draw_views([load_arm([b], "b")] * 2, compared(b, b), 1).missing
     assert missing == f"the model folder {tmp_path / 'llava'} was changed after its evaluation"
+
+
+def test_a_task_without_scores_has_no_flips() -> None:
+    """Its answers have none, but for a question that failed."""
+    failed, answered = ([row | {"correct": score} for row in pope_rows(1, 1, lambda *_: True)] for score in (0.0, None))
+    for before, after in ((failed, answered), (answered, failed), (answered, answered)):
+        assert choose_flips(before, after, 8, 0) == Flips(0, 0, [])
 
 
 def test_nothing_is_attested_of_models_that_say_nothing_of_their_training(tmp_path: Path) -> None:
