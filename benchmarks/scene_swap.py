@@ -114,13 +114,18 @@ def encoders(places: Places, seed: int) -> list[Stage]:
 
 
 def random_tower(trained: Path, out: Path, seed: int) -> None:
-    """The trained tower's architecture and picture processor with fresh weights; written once."""
-    if (out / "model.safetensors").is_file():
-        return
+    """The trained tower's architecture and picture processor with fresh weights; written once for each seed, as its
+    date counts in what is kept."""
+    processor = (trained / "preprocessor_config.json").read_bytes()
     torch.manual_seed(seed)
     fresh = CLIPVisionModel(load_strict(CLIPVisionModel, trained, torch.float32).config)
+    if (out / "model.safetensors").is_file() and (out / "preprocessor_config.json").is_file():
+        kept = CLIPVisionModel.from_pretrained(out).state_dict()
+        state = fresh.state_dict()
+        if kept.keys() == state.keys() and all(torch.equal(kept[name], state[name]) for name in state):
+            return
     fresh.save_pretrained(out)
-    (out / "preprocessor_config.json").write_bytes((trained / "preprocessor_config.json").read_bytes())
+    (out / "preprocessor_config.json").write_bytes(processor)
 
 
 def split_chats(places: Places) -> None:

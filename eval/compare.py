@@ -5,11 +5,9 @@ the baseline. Uncertainty is a bootstrap over pictures and, with several seeds, 
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from encoders import manifest
 from encoders.errors import UsageError, run_command
 from eval.comparing.comparison import TOO_FEW_RUNS, compare, to_json
 from eval.comparing.results import load_arm
@@ -74,29 +72,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         arms, args.encoders, args.encoder_scores, args.draws, args.seed, allow_differences=args.allow_differences
     )
 
-    from eval.comparing.report import render
+    from eval.comparing.report import render, write
     from eval.comparing.summary import show
     from eval.comparing.views import draw_views
 
     page = render(comparison, draw_views(arms, comparison, args.views) if args.views else None)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    manifest.write_json(args.out.with_suffix(".json"), to_json(comparison))
-    _write(args.out, page)
+    write(args.out, page, to_json(comparison))
     show(comparison, args.out)
-
-
-def _write(file: Path, page: str) -> None:
-    """After a crash the old page or the new one is there, never a part."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        with aside.open("w", encoding="utf-8") as stream:
-            stream.write(page)
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
-    manifest.fsync_directory(file.parent)
 
 
 def cli() -> None:

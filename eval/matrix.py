@@ -13,13 +13,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from encoders import manifest
 from encoders.errors import DataError, UsageError, run_command
 from eval.comparing.bootstrap import Difference
 from eval.comparing.comparison import Measure
 from eval.comparing.figures import interval_bar
 from eval.comparing.markup import plain_table, text
-from eval.comparing.report import PAGE, STYLE
+from eval.comparing.report import PAGE, STYLE, write
 from eval.comparing.report_tables import pill
 from eval.comparing.summary import COLOURS, SIGNS, interval, label, number, signed, title
 
@@ -35,8 +34,9 @@ class Report:
     file: Path
     arms: list[str]
     seeds: list[int]
-    encoders: list[str]
-    """Fingerprint of every arm's encoder."""
+    encoders: list[set[str]]
+    """Fingerprints of every arm's encoder: of the one that its LLaVA was made from, and of the tower that it has now,
+    which a stage may have trained."""
     models: set[str]
     """Fingerprints of the LLaVAs."""
     asked: dict[str, tuple[int, int, Any, Any]]
@@ -85,7 +85,7 @@ def read_report(file: Path, llm: str) -> Report:
             file=file,
             arms=content["names"],
             seeds=content["seeds"],
-            encoders=[arm[0]["encoder"]["fingerprint"] for arm in arms],
+            encoders=[{arm[0]["encoder"]["fingerprint"], arm[0].get("made_from")} - {None} for arm in arms],
             models={run["model"]["fingerprint"] for run in content["runs"]},
             asked={
                 bench["bench"]: (
@@ -120,7 +120,7 @@ def combine(reports: Sequence[Report]) -> Matrix:
                 "compare the same arms in the same order"
             )
         for arm, one, other in zip(first.arms, first.encoders, report.encoders, strict=True):
-            if one != other:
+            if one.isdisjoint(other):
                 raise DataError(
                     f"{arm} has another encoder in {report.file} than in {first.file}; compare the same ones"
                 )
@@ -158,7 +158,7 @@ def verdict(matrix: Matrix, arm: int) -> str:
         few = counts["few images"]
         words = [f"{word} in {counts[word]}" for word in ("better", "worse") if counts[word]]
         if not words and few < len(cells):
-            words = ["within noise"]
+            words = [f"within noise in {len(cells) - few}"]
         if few:
             words.append(f"too few images in {few}")
         parts.append(f"with {llm} {' and '.join(words)} of {len(cells)}")
@@ -311,10 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(names) != len(args.reports) or len(set(names)) != len(names):
         raise UsageError(f"--name gives {len(set(names))} different names to {len(args.reports)} reports")
     matrix = combine([read_report(file, llm) for file, llm in zip(args.reports, names, strict=True)])
-    page = render(matrix)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    manifest.write_json(args.out.with_suffix(".json"), asdict(matrix))
-    args.out.write_text(page, encoding="utf-8")
+    write(args.out, render(matrix), asdict(matrix))
     show(matrix, args.out)
 
 

@@ -7,6 +7,7 @@ red, green and blue, and, for a phrase, how similar every patch is to it. docs/s
 import argparse
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,10 +45,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.image.is_file():
         raise DataError(f"--image {args.image} does not exist")
     drawn, facts = view([args.path, *([args.vs] if args.vs is not None else [])], args.image, args.phrase, args.layer)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     aside = args.out.with_name(f".{args.out.name}.{os.getpid()}.partial")
-    drawn.save(aside, "PNG")
-    aside.replace(args.out)
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        drawn.save(aside, "PNG")
+        aside.replace(args.out)
+    except OSError as error:
+        with suppress(OSError):  # of a folder that could not be made
+            aside.unlink()
+        raise UsageError(f"--out {args.out} cannot be written ({error}); name another file") from error
     print("\n".join([*facts, f"picture: {args.out}"]))
 
 

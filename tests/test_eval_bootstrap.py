@@ -1,6 +1,8 @@
 """The intervals of compare-runs against scipy, a naive loop, textbook formulas and simulated swaps."""
 
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,22 @@ def test_strata_are_what_shares_no_picture() -> None:
     singles = Design.of(["1", "2", "3", "4"], ["a", "b", "c", "c"])
     assert np.bincount(singles.strata).tolist() == [2, 2]
     assert Design.of(["1"], ["a"]).count == 1
+
+
+def test_strata_do_not_hang_on_the_order_of_a_set() -> None:
+    """Two categories joined by a picture beside one of its own: Python hashes words anew in every process."""
+    code = (
+        "from eval.comparing.bootstrap import Design\n"
+        "categories = ['a', 'b', 'c', 'c', 'b', 'a']\n"
+        "print(Design.of([str(at) for at in range(12)] * 2, [one for one in categories for _ in range(4)]).strata)"
+    )
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("0", "2")
+    ]
+    assert found[0] == found[1]
 
 
 def test_strata_lower_the_error_where_they_should() -> None:

@@ -17,6 +17,7 @@ from encoders.errors import DataError, UsageError
 from eval.compare import main
 from eval.comparing.bootstrap import Difference
 from eval.comparing.comparison import Comparison, compare, to_json
+from eval.comparing.flips import Flips, choose_flips
 from eval.comparing.measures import Measure, verdict_of
 from eval.comparing.published import published_for
 from eval.comparing.report import render
@@ -183,6 +184,10 @@ def test_several_arms_with_several_seeds(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match="not two seeds of 'x'"):
         load_arm([arms[0][0], arms[0][0]], "x")
+    again = changed(model={"lora": {"run": {"seed": 0, "out": "elsewhere"}}})  # on a GPU that rounded otherwise
+    twin = write_results(tmp_path / "twin", pope_rows(60, 6, lambda *_: True), again, encoder="0a")
+    with pytest.raises(DataError, match="two runs of '0a0' have the same seed"):
+        compared([arms[0][0], twin], arms[1][0], allow_differences=True)
     strangers = write_results(
         tmp_path / "s", pope_rows(60, 6, lambda *_: True), changed(eval={"dtype": "float32"}, model={"lora": {}})
     )
@@ -321,6 +326,13 @@ def test_roles_of_settings() -> None:
         "image_processor.do_pad": "other",  # geometry is the recipe's
         "processor.do_center_crop": "other",
         "model.lora.data.geometry": "other",
+        "model.lora.data.chats": "other",
+        "model.lora.data.chats.path": "idle",
+        "model.lora.data.chats.fingerprint": "other",
+        "model.lora.data.chats.conversations": "other",
+        "model.lora.data.images": "other",
+        "model.projector.held_out": "idle",
+        "model.projector.before.projector.run.steps": "other",
         "model.lora.run.seed": "seed",
         "model.lora.run.out": "idle",
         "model.lora.run.steps": "other",
@@ -353,6 +365,8 @@ def test_retrieval_parity_and_zero_shot(tmp_path: Path) -> None:
         compared(a, b, encoders=[encoders[0], write_ranks(tmp_path / "fewer", ranks[1][:150])])
     with pytest.raises(UsageError, match="--encoders names 1 for 2 arms"):
         compared(a, b, encoders=encoders[:1])
+    with pytest.raises(DataError, match="b holds a 'results' artifact"):
+        compared(a, b, encoders=[encoders[0], b])
 
     exported = _exported(tmp_path / "export")
     fingerprint = manifest.fingerprint(exported)
@@ -372,6 +386,35 @@ def test_retrieval_parity_and_zero_shot(tmp_path: Path) -> None:
         compared(a, c, encoders=[exported, exported])
     with pytest.raises(DataError, match="not of the same sets"):
         compared(c, c, encoder_scores=[scores[0], _zero_shot(tmp_path / "x.json", 0.5, pictures=7)])
+    for content in ("[1, 2]", "{}", '{"sets": []}'):
+        (tmp_path / "no.json").write_text(content)
+        with pytest.raises(DataError, match=r"no\.json .*a result file of eval-encoder"):
+            compared(c, c, encoder_scores=[scores[0], tmp_path / "no.json"])
+
+
+def test_zero_shot_figures_are_of_their_own_arm(tmp_path: Path) -> None:
+    """Scored as the exported folder or as the run that it came from; a stranger may be another export of it."""
+    runs = [write_ranks(tmp_path / f"run{at}", [(at, 1)] * 20) for at in range(2)]
+    exported = [_exported(tmp_path / f"export{at}", run) for at, run in enumerate(runs)]
+    for at, folder in enumerate(exported):
+        (folder / "weights").write_text(str(at))
+        manifest.seal(folder, "encoder", {}, {"run": runs[at]})
+    arms = [
+        write_results(
+            tmp_path / f"c{at}",
+            pope_rows(60, 6, lambda *_: True),
+            changed(model={"encoder": {"path": folder.name, "fingerprint": manifest.fingerprint(folder)}}),
+            encoder=f"0{at}",
+        )
+        for at, folder in enumerate(exported)
+    ]
+    for scored in (runs, exported):
+        files = [
+            _zero_shot(tmp_path / f"{at}.json", at / 4, run=manifest.fingerprint(one)) for at, one in enumerate(scored)
+        ]
+        assert compared(*arms, encoder_scores=files).zero_shot[0].scores == [0.0, 0.25]
+        with pytest.raises(DataError, match=r"1\.json is of the encoder of c1, not of c0"):
+            compared(*arms, encoder_scores=files[::-1])
 
 
 def test_parity_retrieval_and_views_are_of_the_encoder_that_was_evaluated(tmp_path: Path) -> None:
@@ -390,6 +433,13 @@ def test_parity_retrieval_and_views_are_of_the_encoder_that_was_evaluated(tmp_pa
     (tmp_path / "llava" / "config.json").write_text("{}")
     missing = draw_views([load_arm([b], "b")] * 2, compared(b, b), 1).missing
     assert missing == f"the model folder {tmp_path / 'llava'} was changed after its evaluation"
+
+
+def test_a_task_without_scores_has_no_flips() -> None:
+    """Its answers have none, but for a question that failed."""
+    failed, answered = ([row | {"correct": score} for row in pope_rows(1, 1, lambda *_: True)] for score in (0.0, None))
+    for before, after in ((failed, answered), (answered, failed), (answered, answered)):
+        assert choose_flips(before, after, 8, 0) == Flips(0, 0, [])
 
 
 def test_nothing_is_attested_of_models_that_say_nothing_of_their_training(tmp_path: Path) -> None:
@@ -445,7 +495,7 @@ def _exported(path: Path, run: Path | None = None) -> Path:
     return path
 
 
-def _zero_shot(file: Path, score: float, pictures: int = 100) -> Path:
+def _zero_shot(file: Path, score: float, pictures: int = 100, run: str = "stranger") -> Path:
     entry = {
         "name": "COCO",
         "set": {"task": "retrieval"},
@@ -453,7 +503,7 @@ def _zero_shot(file: Path, score: float, pictures: int = 100) -> Path:
         "protocol": "hits",
         "metrics": {"i2t_r1": score, "chance_r1": 0.01},
     }
-    file.write_text(json.dumps({"sets": [entry]}))
+    file.write_text(json.dumps({"run": {"fingerprint": run}, "sets": [entry]}))
     return file
 
 
@@ -504,10 +554,15 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert content["names"] == ["a", "b"]
     assert sorted(file.name for file in out.parent.iterdir()) == ["report.html", "report.json"]
     seeds = [
-        write_results(tmp_path / f"s{at}", pope_rows(60, 6, lambda i, q, at=at: (i + q) % (4 + at) > 0))
-        for at in (0, 1)
+        write_results(
+            tmp_path / f"s{at}",
+            pope_rows(60, 6, lambda i, q, at=at: (i + q) % (4 + at) > 0),
+            changed(model={"run": {"seed": at}}),
+        )
+        for at in (0, 1, 2)
     ]
-    main([f"{a},{seeds[0]},{seeds[1]}", str(b), "--out", str(out), "--draws", "100", "--views", "0"])
+    arms = [",".join(map(str, seeds)), str(seeds[0])]
+    main([*arms, "--out", str(out), "--draws", "100", "--views", "0", "--name", "three", "one"])
     assert json.loads(out.with_suffix(".json").read_text())["seeds"] == [3, 1]
     for arguments, message in (
         (["nowhere", "--out", "r.html"], "at least two"),
@@ -516,6 +571,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ([str(a), str(b), "--out", "r.html", "--name", "x"], "--name gives 1"),
         ([str(a), str(b), "--out", "r.html", "--draws", "5"], "too few"),
         ([str(a), str(b), "--out", "r.html", "--views", "-1"], "must not be negative"),
+        ([str(a), str(b), "--out", f"{a}/results.json/r.html", "--draws", "100", "--views", "0"], "cannot be written"),
     ):
         with pytest.raises(UsageError, match=message):
             main(arguments)

@@ -135,7 +135,7 @@ def test_every_number_stands_in_its_cell(tmp_path: Path, capsys: pytest.CaptureF
     assert lead in " ".join(told.split())
     assert "with every language model: POPE F1 (better)." in " ".join(told.split())
     assert lead in " ".join("".join(page.words).split())
-    alone = "dreamlip against clip, headline scores: with llama worse in 2 of 2; with small within noise of 1."
+    alone = "dreamlip against clip, headline scores: with llama worse in 2 of 2; with small within noise in 1 of 1."
     assert alone in " ".join(told.split())
 
 
@@ -170,6 +170,16 @@ def test_the_page_asks_for_nothing_and_names_stay_text(tmp_path: Path) -> None:
     assert not {name for _, attributes in page.tags for name in attributes} & {"src", "href", "onerror", "onload"}
     assert hostile in page.tables[0][1][0]
     assert hostile in page.tables[0][0][1]
+
+
+def test_encoders_that_a_stage_trained_further_are_those_they_began_as(tmp_path: Path) -> None:
+    """Stage tower leaves another tower beside every language model."""
+
+    def trained(name: str) -> Change:
+        return lambda c: [run.update(made_from=run["name"], encoder={"fingerprint": name}) for run in c["runs"]]
+
+    one, two = (write_report(tmp_path / f"{n}.json", 0.0, ("better", "worse"), trained(n)) for n in ("a", "b"))
+    assert write_matrix(tmp_path, one, two)[1]["arms"] == list(ARMS)
 
 
 FAULTS: dict[str, tuple[str, Change]] = {
@@ -217,3 +227,8 @@ def test_usage(tmp_path: Path) -> None:
         matrix.main([str(one), str(one), "--name", "a", "b", "--out", str(tmp_path / "m.pdf")])
     with pytest.raises(DataError, match=r"nowhere\.json is no report"):
         matrix.main([str(one), str(tmp_path / "nowhere.json"), "--out", str(tmp_path / "m.html")])
+    two = write_report(tmp_path / "b.json", 0.0, ("better", "worse"))
+    (tmp_path / "m.html").mkdir()
+    with pytest.raises(UsageError, match=r"m\.html cannot be written"):
+        matrix.main([str(one), str(two), "--out", str(tmp_path / "m.html")])
+    assert not list(tmp_path.glob(".*"))

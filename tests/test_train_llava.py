@@ -22,7 +22,8 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from encoders import manifest
 from encoders.errors import DataError, SwapError, UsageError
 from llava_adapter import quantised
-from llava_adapter.save import load_llava
+from llava_adapter.compose import compose
+from llava_adapter.save import load_llava, save_llava
 from train import llava_plan, llava_task, tune_llava
 from train.config import LlavaConfig, parse
 
@@ -164,6 +165,37 @@ def test_what_does_not_fit_is_counted_over_the_whole_run(sources: Sources, chats
         (run.run.out / manifest.MANIFEST).unlink()
         shutil.rmtree(run.run.out / "checkpoints" / "step-00000003")
         train(replace(run, run=replace(run.run, resume=True)), float32=False)
+
+
+def test_a_model_says_all_of_the_training_behind_it(sources: Sources, chats: Path, tmp_path: Path) -> None:
+    """Two arms of which one had more of it, or other conversations under the same path, were not trained alike."""
+
+    def built(stage: str, given: dict[str, Path], **settings: Any) -> dict[str, Any]:
+        run = config(stage, tmp_path / "out", chats, given, **settings)
+        return json.loads(json.dumps(llava_task.build(run).config, default=str))  # type: ignore[no-any-return]
+
+    fresh = sources("lora")["llava"]
+    once = built("lora", {"llava": fresh})
+    known = {"path": str(chats), "fingerprint": manifest.fingerprint(chats), "conversations": CONVERSATIONS}
+    assert once["lora"]["data"]["chats"] == known
+    assert "before" not in once["lora"]
+    manifest.seal(fresh, "llava", once)
+    twice = built("lora", {"llava": fresh}, **{"run.steps": 3})
+    assert twice["lora"]["before"] == {"lora": once["lora"]}
+    assert "before" not in built("full", {"llava": fresh})["full"]  # what it had stands beside it
+
+    (chats.parent / "3-0.png").unlink()
+    fewer = built("lora", {"llava": fresh}, **{"data.missing": "skip"})
+    assert fewer["lora"]["data"]["chats"] == {**known, "conversations": CONVERSATIONS - 1}
+    chats.write_text(json.dumps(json.loads(chats.read_text())[:3]))
+    assert built("lora", {"llava": fresh})["lora"]["data"]["chats"]["fingerprint"] != known["fingerprint"]
+
+    began = built("projector", sources("projector"))
+    folder = tmp_path / "projector"
+    save_llava(*compose(*sources("projector").values(), "llama3", torch.bfloat16), folder)
+    manifest.seal(folder, "llava", {**began, "lora": once["lora"]})
+    warm = built("projector", {**sources("projector"), "projector": folder})
+    assert warm["projector"]["before"] == {"projector": began["projector"], "lora": once["lora"]}
 
 
 def test_the_plan_of_a_run_is_what_the_run_does(sources: Sources, chats: Path, tmp_path: Path) -> None:

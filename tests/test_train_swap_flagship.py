@@ -194,5 +194,9 @@ def test_the_recipe_runs_shrunk(benches: str, hub: HubServer, tmp_path: Path, mo
     assert report["names"] == ["openai", "clips"]
     assert {bench["bench"] for bench in report["benches"]} == set(benches.split(","))
     page = (work / "report.html").read_text()
+    for arm, source in enumerate((OPENAI, CLIPS)):  # which commit was taken
+        assert report["parity"][arm]["origin"] == f"{source} at {hub.repos[source].refs['main']}"
+        assert report["parity"][arm]["origin"] in page
+    assert report["shared"]["model.llm.commit"] == hub.repos[LLAMA].refs["main"]
     assert "openai" in page
     assert "clips" in page

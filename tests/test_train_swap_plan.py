@@ -234,9 +234,10 @@ def test_a_plan_that_cannot_work_is_refused_before_it_starts(name: str, folder: 
     changes = json.loads(json.dumps(changes).replace("{folder}", str(folder)))
     if "source" in changes:
         changes = {"arms": source(folder, changes.pop("source"), **changes)}
-    with pytest.raises(error, match=message):
-        asked = config(folder, **changes)
-        check(asked, plan(asked), hub=True)
+    for hub in (True, False):  # --dry-run refuses the same
+        with pytest.raises(error, match=message):
+            asked = config(folder, **changes)
+            check(asked, plan(asked), hub)
     assert not (folder / "work").exists()
 
 

@@ -48,8 +48,8 @@ def projector(config: LlavaConfig) -> "LlavaTask":
     chats = Sets.read(config, plan.processor, CAPTION_TEMPLATE)
     model = compose.build(plan, config.projector)
     origin = {
-        "encoder": {"path": str(config.encoder), "fingerprint": manifest.fingerprint(plan.encoder)},
-        "llm": {"fingerprint": manifest.fingerprint(plan.llm)},
+        "encoder": {"path": str(config.encoder), **_identity(config.encoder, plan.encoder)},
+        "llm": _identity(config.llm, plan.llm),
         "template": config.template,
     }
     parents = {"encoder": plan.encoder, "llm": plan.llm}
@@ -128,7 +128,8 @@ class LlavaTask:
     ):
         self.name: str = config.stage
         self.stage, self.processor, self.plan = config, processor, plan_of(config)
-        self.config = {**origin, config.stage: _settings(config)}
+        self.data_fingerprint = manifest.fingerprint(config.data.chats)
+        self.config = {**origin, config.stage: self._settings(origin, len(chats.train))}
         self.parents = {**parents, "chats": config.data.chats}
         self.held_out = chats.held_out
         if config.packing:
@@ -138,12 +139,29 @@ class LlavaTask:
         print(tuning.who_trains(self.model))
         self.module: nn.Module = AnswerObjective(self.model)
         self.entries: tuple[str, ...] = ()
-        self.data_fingerprint = manifest.fingerprint(config.data.chats)
         self.base = {role: manifest.fingerprint(folder) for role, folder in parents.items()}
         self.dataset: Dataset[dict[str, Any]] = TrainingChats(chats.train, config.run.seed)
         self.shards: Shards = chats.train.chats.shards
         self.max_bad_fraction = config.data.max_bad_fraction
         self.before: dict[str, Tensor] = tuning.snapshot(self.model)
+
+    def _settings(self, origin: dict[str, Any], conversations: int) -> dict[str, Any]:
+        """The recipe without the paths that name this arm; its conversations are known by content, those without a
+        picture left out. `before` is training of the same kind that went into what this stage begins with."""
+        config, settings = self.stage, asdict(self.stage)
+        settings["run"].pop("out")
+        settings["data"]["chats"] = {
+            "path": str(config.data.chats),
+            "fingerprint": self.data_fingerprint,
+            "conversations": conversations,
+        }
+        before: dict[str, Any] = {name: origin[name] for name in (config.stage,) if name in origin}
+        if config.projector is not None:
+            known = manifest.read(config.projector, "llava").config
+            before = {name: known[name] for name in tuning.STAGES if name in known}
+        if before:
+            settings["before"] = before
+        return {name: value for name, value in settings.items() if name not in PATHS}
 
     def collate(self, examples: list[dict[str, Any]]) -> Batch:
         batch = collate(examples, self.processor.tokenizer.pad_token_id, self.stage.packing)
@@ -222,8 +240,7 @@ class LlavaTask:
         return Artifact("llava", self.parents, metrics)
 
 
-def _settings(config: LlavaConfig) -> dict[str, Any]:
-    """The recipe without the paths that name this arm."""
-    settings = asdict(config)
-    settings["run"].pop("out")
-    return {name: value for name, value in settings.items() if name not in PATHS}
+def _identity(named: Path, folder: Path) -> dict[str, str]:
+    """Of a model: its content, and where it was fetched from the Hub, the commit."""
+    fetched = {} if folder == named else {"repository": str(named), "commit": folder.name}
+    return {"fingerprint": manifest.fingerprint(folder), **fetched}

@@ -42,7 +42,7 @@ def check(config: SwapConfig, stages: Sequence[Stage], hub: bool) -> None:
         if arm.source is not None:
             _check_source(name, arm, hub)
     for llm in config.llms.values() or (Llm(config.llm),):
-        if llm.model is not None and (hub or Path(llm.model).exists()):
+        if llm.model is not None and (hub or not _may_be_id(Path(llm.model))):
             _check_llm(llm.model)
 
 
@@ -66,7 +66,7 @@ def _check_source(name: str, arm: Arm, hub: bool) -> None:
             raise UsageError(f"arms.{name}: {path} is a file of weights; add its `model_name`, such as ViT-B-16")
         return
     if not path.exists():
-        if path.is_absolute() or len(path.parts) != 2 or path.parts[0] in (".", ".."):
+        if not _may_be_id(path):
             raise DataError(
                 f"arms.{name}: {path} does not exist, and it is no id on the Hub (organisation/name) either"
             )
@@ -89,6 +89,11 @@ def _check_source(name: str, arm: Arm, hub: bool) -> None:
         refusal = f"its model_type is {kind!r}; needed is {' or '.join(CLIP_KINDS)}"
     if refusal is not None:
         raise ModelError(f"arms.{name}: {arm.source} cannot become a CLIPVisionModel: {refusal}")
+
+
+def _may_be_id(path: Path) -> bool:
+    """Whether what is not on this machine may be on the Hub."""
+    return not path.exists() and not path.is_absolute() and len(path.parts) == 2 and path.parts[0] not in (".", "..")
 
 
 def _check_llm(model: str) -> None:

@@ -40,7 +40,7 @@ class Design:
             return category
 
         seen: dict[int, str] = {}
-        for at, category in set(zip(cluster.tolist(), categories, strict=True)):
+        for at, category in dict.fromkeys(zip(cluster.tolist(), categories, strict=True)):  # no set: its order varies
             parent[root(category)] = root(seen.setdefault(at, category))
         _, stratum = np.unique([root(seen[at]) for at in range(int(cluster.max()) + 1)], return_inverse=True)
         return cls(cluster.reshape(-1), _without_singles(stratum.reshape(-1)))

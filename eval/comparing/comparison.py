@@ -29,7 +29,7 @@ from eval.comparing.flips import FLIPS_SHOWN, Flips, choose_flips
 from eval.comparing.measures import Measure, Subtask, measures_of, paired, picture_of, subtasks_of, verdict_of
 from eval.comparing.published import Published, published_for
 from eval.comparing.results import Arm, Run, check_comparable, load_picture
-from eval.comparing.settings import Setting, check_settings, compare_settings
+from eval.comparing.settings import Setting, check_seeds, check_settings, compare_settings
 
 SPENT = ("seconds_encode", "seconds_answer", "seconds_score", "prompt_tokens", "new_tokens", "answers_reused")
 TOO_FEW_RUNS = "nothing to compare: name at least two results folders, the baseline first"
@@ -131,6 +131,8 @@ def compare(
     runs = [run for arm in arms for run in arm.runs]
     check_comparable(runs)
     settings = [[{**run.results["settings"], "encoder": run.results["encoder"]} for run in arm.runs] for arm in arms]
+    for arm, of_arm in zip(arms, settings, strict=True):
+        check_seeds(of_arm, arm.name)
     differing, shared = compare_settings(settings)
     if not allow_differences:
         check_settings(differing, [arm.name for arm in arms])
@@ -146,7 +148,7 @@ def compare(
         runs=[_provenance(run) for run in runs],
         benches=benches,
         retrieval=compare_retrieval(ranks, draws, seed) if ranks is not None else None,
-        zero_shot=read_zero_shot(encoder_scores) if encoder_scores else [],
+        zero_shot=read_zero_shot(encoder_scores, arms, exported) if encoder_scores else [],
         parity=[read_parity(arm, folder) for arm, folder in zip(arms, exported, strict=True)],
         differing=differing,
         shared=shared,
@@ -231,4 +233,5 @@ def _provenance(run: Run) -> dict[str, Any]:
         "model": run.results["model"],
         "encoder": run.results["encoder"],
         "training_recorded": bool(run.results["settings"]["model"]),
+        "made_from": run.results["settings"]["model"].get("encoder", {}).get("fingerprint"),
     }

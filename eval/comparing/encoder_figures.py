@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from encoders import manifest
 from encoders.errors import DataError
+from encoders.weights.headers import read_header
 from eval.comparing.results import Arm, read_jsonl
 from eval.zero_shot.measures import MEASURES
 
@@ -26,6 +27,7 @@ class Parity:
 
     source: str
     missing: str = ""
+    origin: str = ""  # of published weights: the repository, and the commit that was taken
     relative_error: float | None = None  # largest of the layer that a LLaVA reads, in float32
     bound: float | None = None
     cosine: float | None = None  # smallest
@@ -52,11 +54,15 @@ class Ranks:
 
 
 def read_ranks(paths: Sequence[Path]) -> list[Ranks] | None:
-    """The ranks of encoder runs on the same held-out pairs; None if one of the encoders is no run of ours.
+    """The ranks of encoder runs on the same held-out pairs; None if one of them is an exported encoder.
 
-    Raises DataError if runs were scored on different pairs or not at all.
+    Raises DataError if runs were scored on different pairs or not at all, or if something else is named.
     """
-    if any(manifest.read(path).kind != "encoder-run" for path in paths):
+    kinds = [manifest.read(path).kind for path in paths]
+    for path, kind in zip(paths, kinds, strict=True):
+        if kind not in ("encoder", "encoder-run"):
+            raise DataError(f"{path} holds a {kind!r} artifact where 'encoder-run' or 'encoder' is needed")
+    if "encoder" in kinds:
         return None
     tables = [_ranks(path) for path in paths]
     for path, table in zip(paths[1:], tables[1:], strict=True):
@@ -78,10 +84,21 @@ def _ranks(path: Path) -> Ranks:
     return Ranks(float(seal.metrics["retrieval"]["chance_r1"]), keys, ranks)
 
 
-def read_zero_shot(files: Sequence[Path]) -> list[ZeroShot]:
-    """The figures of eval-encoder's result files, one per arm. Raises DataError unless all are of the same sets."""
-    contents = [_read_json(file, "a result file of eval-encoder (--out)") for file in files]
+def read_zero_shot(files: Sequence[Path], arms: Sequence[Arm], exported: Sequence[Path | None]) -> list[ZeroShot]:
+    """The figures of eval-encoder's result files, one per arm. Raises DataError unless all are of the same sets, or if
+    one is of another arm's encoder."""
+    what = "a result file of eval-encoder (--out)"
+    contents = [_read_json(file, what) for file in files]
     for file, content in zip(files, contents, strict=True):
+        if lacking := [key for key in ("run", "sets") if key not in content]:
+            raise DataError(f"{file} is not {what}: it has no {' and no '.join(lacking)}")
+    known = [_fingerprints(arm, folder) for arm, folder in zip(arms, exported, strict=True)]
+    for file, content, arm, own in zip(files, contents, arms, known, strict=True):
+        scored = content["run"]["fingerprint"]
+        if theirs := [other.name for other, of_other in zip(arms, known, strict=True) if scored in of_other - own]:
+            raise DataError(
+                f"{file} is of the encoder of {theirs[0]}, not of {arm.name}; name the files in the order of the arms"
+            )
         described = [(one["set"], one["sizes"], one["protocol"]) for one in content["sets"]]
         if described != [(one["set"], one["sizes"], one["protocol"]) for one in contents[0]["sets"]]:
             raise DataError(
@@ -101,6 +118,13 @@ def read_zero_shot(files: Sequence[Path]) -> list[ZeroShot]:
                     )
                 )
     return figures
+
+
+def _fingerprints(arm: Arm, exported: Path | None) -> set[str]:
+    """What an arm's encoder may have been scored as: the folder that its LLaVAs were made from, or the run before."""
+    made_from = [run.results["settings"]["model"].get("encoder") for run in arm.runs]
+    origin = manifest.read(exported).parents.get("run") if exported is not None else None
+    return {one["fingerprint"] for one in (*made_from, vars(origin) if origin is not None else None) if one is not None}
 
 
 def encoder_folder(arm: Arm, named: Path | None) -> Path | None:
@@ -145,8 +169,11 @@ def read_parity(arm: Arm, folder: Path | None) -> Parity:
         return Parity(str(folder), f"it holds no {PARITY}")
     content = _read_json(folder / PARITY, "a parity certificate")["float32"]
     layer = content["layers"][LAYER]
+    weights = folder / "model.safetensors"
+    told = read_header(weights).metadata if weights.is_file() else {}
     return Parity(
         source=str(folder),
+        origin=f"{told['source']} at {told['commit']}" if "commit" in told else "",
         relative_error=layer["max_relative_error"],
         bound=content["bound"]["max_relative_error"],
         cosine=layer["min_cosine"],
@@ -155,6 +182,6 @@ def read_parity(arm: Arm, folder: Path | None) -> Parity:
 
 def _read_json(file: Path, what: str) -> dict[str, Any]:
     try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError) as error:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{file} cannot be read as {what} ({error})") from error

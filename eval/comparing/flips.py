@@ -52,7 +52,7 @@ def choose_flips(before: Sequence[Row], after: Sequence[Row], shown: int, seed: 
             gained=new["correct"] >= RIGHT,
         )
         for old, new in zip(before, after, strict=True)
-        if old["correct"] is not None and (old["correct"] >= RIGHT) != (new["correct"] >= RIGHT)
+        if None not in (old["correct"], new["correct"]) and (old["correct"] >= RIGHT) != (new["correct"] >= RIGHT)
     ]
     order = [changed[at] for at in np.random.default_rng(seed).permutation(len(changed))]
     turn: Counter[str | bool] = Counter()

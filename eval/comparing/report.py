@@ -5,8 +5,14 @@ page, and every text that comes from a question, an answer, a setting or a run i
 """
 
 import base64
+import os
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from encoders import manifest
+from encoders.errors import UsageError
 from eval.comparing.comparison import Comparison
 from eval.comparing.figures import overview, run_colour
 from eval.comparing.flips import Flip
@@ -52,6 +58,28 @@ def render(comparison: Comparison, views: Views | None = None) -> str:
         _provenance(comparison),
     ]
     return PAGE.format(title=text(heading), style=STYLE.read_text(encoding="utf-8"), body="\n".join(sections))
+
+
+def write(out: Path, page: str, content: Mapping[str, Any]) -> None:
+    """The page, and its numbers as JSON beside it: after a crash the old files or the new ones are there, never a part.
+
+    Raises UsageError if they cannot be written there.
+    """
+    aside = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        manifest.write_json(out.with_suffix(".json"), content)
+        with aside.open("w", encoding="utf-8") as stream:
+            stream.write(page)
+            stream.flush()
+            os.fsync(stream.fileno())
+        aside.replace(out)
+        manifest.fsync_directory(out.parent)
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written ({error}); name another file") from error
+    finally:
+        with suppress(OSError):  # of a folder that could not be made
+            aside.unlink()
 
 
 def _header(comparison: Comparison, heading: str) -> str:

@@ -200,7 +200,13 @@ def encoder_section(comparison: Comparison) -> str:
 def _parity(one: Parity) -> list[str]:
     if one.relative_error is None or one.bound is None or one.cosine is None:
         return [f"not known: {text(one.missing)}", "", "", ""]
-    return [f"<code>{text(one.source)}</code>", f"{one.relative_error:.1e}", f"{one.bound:.0e}", f"{one.cosine:.6f}"]
+    origin = f"<br><small>{text(one.origin)}</small>" if one.origin else ""
+    return [
+        f"<code>{text(one.source)}</code>{origin}",
+        f"{one.relative_error:.1e}",
+        f"{one.bound:.0e}",
+        f"{one.cosine:.6f}",
+    ]
 
 
 def _retrieval(names: Sequence[str], retrieval: RetrievalComparison) -> str:

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, Literal
 
 from encoders.errors import DataError
@@ -20,7 +21,10 @@ ENCODER = re.compile(
 NOT_ENCODER = re.compile(r"encoder\.vision_feature_layer$|(.*\.)?do_(pad|center_crop)$")
 SEED = re.compile(r"(.*\.)?seed$")
 # Settings of a training run that have no part in what it learns.
-IDLE = re.compile(r".*\brun\.(out|resume|workers|threads|log_every|eval_every|save_every|keep|tracker|hang_limit)$")
+IDLE = re.compile(
+    r".*\brun\.(out|resume|workers|threads|log_every|eval_every|save_every|keep|tracker|hang_limit)$"
+    r"|model\..*\b(data\.chats\.path|held_out)$"  # conversations are known by their content
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,21 @@ def check_settings(differing: Sequence[Setting], names: Sequence[str]) -> None:
             "these settings differ besides the encoder, so a difference in the scores may come from them:\n"
             + "\n".join(lines)
             + "\ntrain and evaluate all arms alike, or pass --allow-differences: the report then says so at its top"
+        )
+
+
+def check_seeds(arm: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Raise DataError if two runs of an arm were trained alike, seed and all.
+
+    What the rounding of a GPU makes them differ by is less than the luck of training.
+    """
+    trained = [
+        {key: value for key, value in _flatten(run) if role_of(key) != "idle"} for run in arm if run.get("model")
+    ]
+    if any(one == other for one, other in combinations(trained, 2)):
+        raise DataError(
+            f"two runs of {name!r} have the same seed and encoder, so they do not show the luck of training; name one "
+            "of them, or train with another run.seed"
         )
 
 
