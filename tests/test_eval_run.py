@@ -71,7 +71,9 @@ def test_eval_mllm_answers_every_question_twice_alike_without_network_or_secrets
     assert {file.stem for file in (tmp_path / "first" / "images").iterdir()} == shown
     assert sorted(len(row["image_id"].split("_")) for row in rows if row["bench"] == "mmmu") == [1] * 6 + [3]
     assert first["settings"]["eval"]["dtype"] == "float32"
-    assert manifest.verify(tmp_path / "first", full=True).kind == "results"
+    sealed = manifest.verify(tmp_path / "first", full=True)
+    read = {folder for name in NAMES for folder in BENCHES[name].folders}
+    assert (sealed.kind, set(sealed.parents)) == ("results", {"model", *read})  # not the folder with all data in it
     for name, entry in first["benches"].items():
         assert entry["self_check"] == {"questions": 4, "different": 0, "flip_rate": 0.0, "flips": []}
         assert entry["failed"] == []
