@@ -190,8 +190,9 @@ def print_table(results: Mapping[str, Any]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=results["model"]["path"], title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=Text(results["model"]["path"]), title_justify="left", box=SIMPLE_HEAD)
     for column in ("bench", "metric", "score", "asked", "images", "empty", "unread", "failed", "s"):
         words = column in ("bench", "metric")
         table.add_column(column, justify="left" if words else "right", no_wrap=not words, overflow="fold")

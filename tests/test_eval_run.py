@@ -105,6 +105,11 @@ def test_limit_takes_whole_pairs_of_mme(
     assert "4 of 2,374" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_path_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    run.print_table({"model": {"path": "a[/b]/[final]"}, "benches": {}})
+    assert "a[/b]/[final]" in capsys.readouterr().out
+
+
 def test_in_bfloat16_the_rate_of_flips_is_stated(tiny_llava: Path, benches: Path, tmp_path: Path) -> None:
     words = ["--bench", "pope", "--dtype", "bfloat16", "--self-check", "99"]
     results, rows = evaluate(tiny_llava, benches, tmp_path / "out", *words)
