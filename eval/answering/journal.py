@@ -69,7 +69,7 @@ def working_place(out: Path) -> Iterator[Path]:
         (place / "images").mkdir(parents=True, exist_ok=True)
         opened = (place / "lock").open("a")
     except OSError as error:
-        raise UsageError(f"answers cannot be kept beside {out} ({error}); choose an --out where you may write") from error
+        raise UsageError(f"answers cannot be kept beside {out} ({error}); choose another --out") from error
     with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,8 +97,8 @@ def cannot_write(file: Path, error: OSError) -> EvaluationIncomplete:
 
 def identity(model: Path, settings: Mapping[str, Any]) -> str:
     """Hash of what decides an answer besides the question: the model's folder by content (weights, processor, chat
-    template, generation settings), how it is asked, the libraries, and our own code that loads and asks: a change of how
-    answers are scored or compared leaves them as they are.
+    template, generation settings), how it is asked, the libraries, and our own code that loads and asks. What scores or
+    compares answers leaves them as they are.
 
     Raises DataError if the folder has a manifest that is not true of it.
     """
