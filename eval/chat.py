@@ -66,7 +66,9 @@ def talk(models: Sequence["ChatModel"], names: Sequence[str], image: Path, suffi
 
     console = Console(highlight=False)
     shown = show(models, image)
-    console.print(f"{shown.file}: ask; {CHANGE} FILE changes the picture, an empty line ends", style="dim")
+    console.print(
+        f"{shown.file}: ask; {CHANGE} FILE changes the picture, an empty line ends", style="dim", markup=False
+    )
     for line in _lines(console):
         try:
             if line.split(maxsplit=1)[0] == CHANGE:

@@ -97,15 +97,16 @@ def print_table(results: Mapping[str, Any]) -> None:
     """Print every figure in percent beside that of guessing."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=results["run"]["path"], title_justify="left")
+    table = Table(title=Text(results["run"]["path"]), title_justify="left")
     for column in ("set", "pictures", "measure", "score %", "chance %"):
         table.add_column(column, justify="right" if column in ("pictures", "score %", "chance %") else "left")
     for entry in results["sets"]:
         metrics = entry["metrics"]
         shown = [(metrics[key], *MEASURES[key]) for key in MEASURES if key in metrics]
         table.add_row(
-            f"{entry['name']}\n{entry['set']['task']}",
+            Text(f"{entry['name']}\n{entry['set']['task']}"),
             str(entry["sizes"]["pictures"]),
             "\n".join(label for _, label, _ in shown),
             "\n".join(f"{100 * value:.1f}" for value, _, _ in shown),

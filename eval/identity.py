@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from encoders.errors import ModelError
+from encoders.weights.headers import read_index
 from eval.benches.benchmarks import Bench
 from eval.benches.staging import Source
 
@@ -23,7 +24,10 @@ def encoder_facts(model: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     from safetensors import safe_open
 
     stored: dict[str, str] = {}  # name in the tower -> hash of the tensor
-    for file in sorted(model.glob("*.safetensors")):
+    single, index = model / "model.safetensors", model / "model.safetensors.index.json"
+    # As transformers chooses: other files, such as shards of an earlier save, are not what was evaluated.
+    loaded = [single.name] if single.is_file() or not index.is_file() else sorted(set(read_index(index).values()))
+    for file in (model / name for name in loaded):
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (not a dict)
                 _, in_tower, name = key.partition("vision_tower.")

@@ -95,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "allow_errors": args.allow_errors,
     }
     how = {"processes": args.processes, "self_check": args.self_check}
-    parents = {"model": model} if data is None else {"model": model, "data": data}
+    # Of the data what is read: the folder may hold other sets, and all that belongs to a parent is hashed.
+    parents = {"model": model, **{name: source.path for name, source in sources.items()}}
     with journal.working_place(out) as place:
         try:
             with manifest.create(out, "results", settings, parents, args.overwrite) as draft:
@@ -129,11 +130,11 @@ def evaluate(
         from eval.benches.lmms_tasks import load_task
 
         tasks = {bench.name: load_task(bench) for bench in benches}
-        from eval.answering.chat_model import hardware
+        from eval.answering.chat_model import dtype_of, hardware
         from eval.answering.lmms_model import EncoderSwapLlava
 
         # "auto" may be another device when a killed run goes on.
-        asked_how = {"device": hardware(settings["device"]), "dtype": settings["dtype"]}
+        asked_how = {"device": hardware(settings["device"]), "dtype": str(dtype_of(settings["dtype"]))}
         asked_how["batch_size"] = settings["batch_size"]
         lm = EncoderSwapLlava(
             str(model),
@@ -189,8 +190,9 @@ def print_table(results: Mapping[str, Any]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=results["model"]["path"], title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=Text(results["model"]["path"]), title_justify="left", box=SIMPLE_HEAD)
     for column in ("bench", "metric", "score", "asked", "images", "empty", "unread", "failed", "s"):
         words = column in ("bench", "metric")
         table.add_column(column, justify="left" if words else "right", no_wrap=not words, overflow="fold")

@@ -67,7 +67,7 @@ def test_answers_are_the_models(
     llavas: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each question on its own, about the picture of the moment; two models side by side get the same ones."""
-    pictures = [tmp_path / "red.png", tmp_path / "wide.png"]
+    pictures = [tmp_path / "[red].png", tmp_path / "wide.png"]
     Image.new("RGB", (40, 40), "red").save(pictures[0])
     Image.effect_mandelbrot((90, 30), (-2, -1, 1, 1), 20).convert("RGB").save(pictures[1])
     questions = ["What is it?", "Where is [red]the star?"]
@@ -86,6 +86,7 @@ def test_answers_are_the_models(
     options = [llavas["llama3"], "--image", pictures[0], "--max-new-tokens", 3]
     out = ask(monkeypatch, capsys, typed, *options)
     told = "".join(out.split())
+    assert "[red].png:ask" in told
     assert told.index("".join(expected[0].split())) < told.index("".join(expected[2].split()))
     assert "none.png cannot be read" in " ".join(out.split())
     assert "2 image placeholders instead of one" in " ".join(out.split())

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,12 @@ def test_datasets_on_disk_score_alike(tmp_path: Path) -> None:
     # Written anew in place, other rows are other rows, whatever the library has cached.
     columns(names[:2]).to_parquet(tmp_path / "parquet" / "test-0.parquet")
     assert len(read_set(specs[2]).examples) == 2
+    # The folder of a repository's splits: only the one that is named, which by default is test.
+    columns(names).to_parquet(tmp_path / "parquet" / "train-00000-of-00001.parquet")
+    assert len(read_set(specs[2]).examples) == 2
+    assert len(read_set(replace(specs[2], split="train")).examples) == 6
+    with pytest.raises(DataError, match=r"holds test-0\.parquet, but nothing of split 'val'; choose one with split="):
+        read_set(replace(specs[2], split="val"))
 
 
 @pytest.fixture

@@ -153,6 +153,11 @@ FAULTS: dict[str, tuple[Callable[[Case], object], int, str]] = {
         2,
         "not an artifact",
     ),
+    "output below a file": (
+        lambda case: case.set(out=str(case.own_model() / "config.json" / "out")),
+        2,
+        "answers cannot be kept .*Not a directory.*--out",
+    ),
     # Data.
     "no data": (lambda case: case.set(data=str(case.place)), 3, "POPE is missing"),
     "no card": (lambda case: (case.own_pope() / "README.md").unlink(), 3, "README.md"),

@@ -1,5 +1,6 @@
 """A killed eval-mllm goes on where it stopped and ends with the same samples; never with answers of other weights."""
 
+import ast
 import fcntl
 import json
 import os
@@ -103,13 +104,36 @@ def test_identity_is_of_our_code_and_of_the_libraries_that_decide_prompts_and_pi
         with monkeypatch.context() as patched:
             patched.setattr(metadata, "version", lambda asked, name=name: "0" if asked == name else works(asked))
             assert identity(tiny_llava, {}) != first, name
-    ours, llavas = journal_module.CODE
-    for place in ("a", "z"):  # the same code wherever it is installed, before or after the other room by name
-        code = Path(shutil.copytree(ours, tmp_path / place / "eval"))
-        monkeypatch.setattr(journal_module, "CODE", (code, Path(shutil.copytree(llavas, tmp_path / "m" / place))))
+    parts = journal_module.CODE
+    for place in (tmp_path / "a", tmp_path / "z"):  # the same code wherever it is installed
+        for part in parts:
+            there = place / part.relative_to(ROOT)
+            there.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(part, there) if part.is_dir() else shutil.copy(part, there)
+        monkeypatch.setattr(journal_module, "CODE", [place / part.relative_to(ROOT) for part in parts])
         assert identity(tiny_llava, {}) == first
-    (code / "answering" / "prefix.py").write_text("changed")
-    assert identity(tiny_llava, {}) != first
+        for name in ("eval/answering/prefix.py", "llava_adapter/save.py", "encoders/pretrained.py"):
+            kept = (place / name).read_text()
+            (place / name).write_text(f"{kept} ")
+            assert identity(tiny_llava, {}) != first, name
+            (place / name).write_text(kept)
+
+
+def test_code_that_asks_imports_none_of_ours_that_could_change_an_answer_unseen() -> None:
+    """What a bench says (limit, prompt) enters with each question; how answers are scored must not cost them."""
+    files = {file for part in journal_module.CODE for file in (part.glob("*.py") if part.is_dir() else [part])}
+    modules = {file.relative_to(ROOT).as_posix().removesuffix(".py").replace("/", ".") for file in files}
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    asked = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    ours = {name for name in asked if name.split(".")[0] in ("encoders", "llava_adapter", "eval")}
+    assert {name for name in ours - modules if name != "encoders"} == {
+        "encoders.errors",
+        "encoders.manifest",
+        "encoders.export.fold",  # only warns
+        "eval.benches.benchmarks",
+        "eval.benches.metrics",
+        "eval.benches.one_line",  # a filter of answers
+    }
 
 
 def test_a_file_system_without_locks_is_not_called_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,10 +218,10 @@ def test_answers_of_another_device_are_not_taken_over(
         raise Stop
 
     monkeypatch.setattr("eval.answering.lmms_model.EncoderSwapLlava", stop)
-    for device in ("cpu", "cpu", "NVIDIA H200"):
+    for device, dtype in (("cpu", "bfloat16"), ("cpu", "auto"), ("NVIDIA H200", "auto")):
         monkeypatch.setattr("eval.answering.chat_model.hardware", lambda name, device=device: device)
         with pytest.raises(Stop):
-            run.main([*words, "--out", str(tmp_path / "out")])
+            run.main([*words, "--dtype", dtype, "--out", str(tmp_path / "out")])
     assert identities[0] == identities[1] != identities[2]
 
 

@@ -5,17 +5,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from bench_sets import OWNER, gqa, gqa_images, mme, nocaps, pope, write_benches, write_repository
 
 from encoders.errors import DataError, ModelError, SwapError, UsageError
 from eval.benches import preflight as module
-from eval.benches.benchmarks import BENCHES, bench_of
+from eval.benches.benchmarks import BENCHES, Table, bench_of
+from eval.benches.data_check import count_questions
 from eval.benches.preflight import check_requirements, preflight, weight_bytes
-from eval.benches.staging import located
+from eval.benches.staging import Source, located
 
 GQA_TABLES = ("testdev_balanced_instructions", "testdev"), ("testdev_balanced_images", "testdev")
 
@@ -122,6 +125,21 @@ def test_missing_or_damaged_data_is_named(
         checked(bench, data, tiny_llava, tmp_path / "out")
     if what == "column":  # which the bench without OCR tokens does not need
         checked("textvqa", data, tiny_llava, tmp_path / "out")
+
+
+def test_a_split_may_have_a_folder_for_each_subject(tmp_path: Path) -> None:
+    files = "data_files: [{split: test, path: '*/test-*'}]"
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  {files}\n---\n")
+    for name in ("art/test-00000-of-00001", "law/test-00000-of-00002", "law/test-00001-of-00002"):
+        name += ".parquet"
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        datasets.Dataset.from_dict({"question": [name]}).to_parquet(tmp_path / name)
+    bench = replace(BENCHES["pope"], task="other", tables=(Table("owner/subjects", "default", "test"),))
+    sources = {"owner/subjects": Source(tmp_path)}
+    assert count_questions(bench, sources) == 3
+    (tmp_path / "law" / "test-00000-of-00002.parquet").unlink()
+    with pytest.raises(DataError, match=r"law lacks part 0 \(counted from 0\) of 2"):
+        count_questions(bench, sources)
 
 
 def test_without_java_nocaps_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

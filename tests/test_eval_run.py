@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from bench_sets import picture, questions_of, write_benches
 from lmms_eval.api.instance import Instance
+from safetensors.torch import load_file, save_file
 from tokenizers import processors
 
 from encoders import manifest
@@ -23,6 +25,7 @@ from eval.answering.chat_model import ChatModel
 from eval.answering.lmms_model import EncoderSwapLlava
 from eval.benches.answers import checked_metrics
 from eval.benches.benchmarks import BENCHES
+from eval.identity import encoder_facts
 from llava_adapter import chat
 from llava_adapter.chat import TEMPLATES
 
@@ -71,7 +74,9 @@ def test_eval_mllm_answers_every_question_twice_alike_without_network_or_secrets
     assert {file.stem for file in (tmp_path / "first" / "images").iterdir()} == shown
     assert sorted(len(row["image_id"].split("_")) for row in rows if row["bench"] == "mmmu") == [1] * 6 + [3]
     assert first["settings"]["eval"]["dtype"] == "float32"
-    assert manifest.verify(tmp_path / "first", full=True).kind == "results"
+    sealed = manifest.verify(tmp_path / "first", full=True)
+    read = {folder for name in NAMES for folder in BENCHES[name].folders}
+    assert (sealed.kind, set(sealed.parents)) == ("results", {"model", *read})  # not the folder with all data in it
     for name, entry in first["benches"].items():
         assert entry["self_check"] == {"questions": 4, "different": 0, "flip_rate": 0.0, "flips": []}
         assert entry["failed"] == []
@@ -101,6 +106,29 @@ def test_limit_takes_whole_pairs_of_mme(
     # The scores of a part say so wherever they stand.
     assert results["benches"]["mme"]["of_questions"] == 2374
     assert "4 of 2,374" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_encoder_is_that_of_the_weights_that_are_loaded(tiny_llava: Path, tmp_path: Path) -> None:
+    """Not of what lies beside them, and alike in one file or in shards."""
+    config = json.loads((tiny_llava / "config.json").read_text())
+    first = encoder_facts(tiny_llava, config)
+    folder = shutil.copytree(tiny_llava, tmp_path / "llava")
+    state = load_file(folder / "model.safetensors")
+    other = {name: tensor + 1 for name, tensor in state.items() if "vision_tower." in name}
+    save_file(other, folder / "model-00002-of-00002.safetensors")
+    save_file(other, folder / "zzz.safetensors")
+    assert encoder_facts(folder, config) == first
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    placed = dict.fromkeys(state, "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    assert encoder_facts(folder, config) == first
+    save_file(state | other, folder / "model-00001-of-00001.safetensors")
+    assert encoder_facts(folder, config) != first
+
+
+def test_a_path_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    run.print_table({"model": {"path": "a[/b]/[final]"}, "benches": {}})
+    assert "a[/b]/[final]" in capsys.readouterr().out
 
 
 def test_in_bfloat16_the_rate_of_flips_is_stated(tiny_llava: Path, benches: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,19 @@ def test_every_package_is_listed_for_installation() -> None:
         parts = init.parent.relative_to(ROOT).parts
         if parts[0] in ROOMS:
             assert f'"{".".join(parts)}"' in listed
+
+
+def test_every_file_that_is_no_module_is_listed_for_installation() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    shipped = {
+        file for package, patterns in listed.items() for pattern in patterns for file in _of(package).glob(pattern)
+    }
+    files = {file for room in ROOMS for file in (ROOT / room).rglob("[!.]*") if file.is_file()}
+    assert {file for file in files if file.suffix not in (".py", ".pyc")} <= shipped
+
+
+def _of(package: str) -> Path:
+    return ROOT.joinpath(*package.split("."))
 
 
 def test_no_module_is_named_like_a_dependency() -> None:

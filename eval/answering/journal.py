@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
+import encoders
 import llava_adapter
 from encoders import manifest
 from encoders.errors import EvaluationIncomplete, UsageError
@@ -61,11 +62,15 @@ class Journal:
 def working_place(out: Path) -> Iterator[Path]:
     """The hidden folder of the run that will write `out`, for this process alone.
 
-    Raises UsageError if another process is at it. Whoever finishes removes it with `clear`.
+    Raises UsageError if it cannot be made, or another process is at it. Whoever finishes removes it with `clear`.
     """
     place = out.with_name(f".{out.name}.answers")
-    (place / "images").mkdir(parents=True, exist_ok=True)
-    with (place / "lock").open("a") as lock:
+    try:
+        (place / "images").mkdir(parents=True, exist_ok=True)
+        opened = (place / "lock").open("a")
+    except OSError as error:
+        raise UsageError(f"answers cannot be kept beside {out} ({error}); choose another --out") from error
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -92,7 +97,8 @@ def cannot_write(file: Path, error: OSError) -> EvaluationIncomplete:
 
 def identity(model: Path, settings: Mapping[str, Any]) -> str:
     """Hash of what decides an answer besides the question: the model's folder by content (weights, processor, chat
-    template, generation settings), how it is asked, the libraries and our own code.
+    template, generation settings), how it is asked, the libraries, and our own code that loads and asks. What scores or
+    compares answers leaves them as they are.
 
     Raises DataError if the folder has a manifest that is not true of it.
     """
@@ -103,10 +109,9 @@ def identity(model: Path, settings: Mapping[str, Any]) -> str:
         if file.suffix in FILES and file.name != manifest.MANIFEST:
             content = sealed[file.name].sha256 if file.name in sealed else manifest.fingerprint(file)
             digest.update(f"\0{file.name}\0{content}".encode())
-    for room in CODE:
-        # By names within the room: where it is installed must not count.
-        for name in sorted(file.relative_to(room).as_posix() for file in room.rglob("*.py")):
-            digest.update(f"\0{name}\0{manifest.fingerprint(room / name)}".encode())
+    for part in CODE:
+        for file in sorted(part.glob("*.py")) if part.is_dir() else [part]:
+            digest.update(f"\0{file.name}\0{manifest.fingerprint(file)}".encode())  # wherever it is installed
     versions = manifest.library_versions() | {name: metadata.version(name) for name in LIBRARIES}
     digest.update(json.dumps([settings, versions], sort_keys=True).encode())
     return digest.hexdigest()
@@ -114,7 +119,12 @@ def identity(model: Path, settings: Mapping[str, Any]) -> str:
 
 FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")  # of a model folder; not its logs or its card
 LIBRARIES = ("tokenizers", "pillow", "datasets", "numpy", "jinja2")  # that prompts and pixels also come from
-CODE = (Path(__file__).parent.parent, Path(llava_adapter.__file__).parent)
+CODE = (
+    Path(__file__).parent,
+    Path(__file__).parent.parent / "benches" / "lmms_tasks.py",  # which picture a question shows
+    Path(llava_adapter.__file__).parent / "save.py",
+    Path(encoders.__file__).parent / "pretrained.py",
+)
 
 
 def _digest(body: bytes) -> bytes:

@@ -111,8 +111,8 @@ class EncoderSwapLlava(lmms):
                 try:
                     asking.run(self.questions)
                     break
-                except LooksAtMore:  # sources are finer now
-                    continue
+                except LooksAtMore as more:
+                    more.refine()
         ids = asking.image_ids
         self.image_ids |= {(question.task, question.row): ids[question.place] for question in self.questions}
         self.seconds = time.perf_counter() - began

@@ -21,7 +21,16 @@ DocToVisual = Callable[[Any], Sequence[Any] | None]
 
 
 class LooksAtMore(Exception):
-    """A task looked at columns that its pictures were not expected to depend on."""
+    """A task looked at columns that its pictures were not expected to depend on: `refine` makes sources finer."""
+
+    def __init__(self, pictures: "Pictures", columns: set[str]) -> None:
+        super().__init__(columns)
+        self.pictures, self.columns = pictures, columns
+
+    def refine(self) -> None:
+        """Let sources depend on these columns too. Not done where they are noticed: threads read ahead, and a chunk of
+        coarse sources must not pass because a later one was read sooner."""
+        self.pictures.columns |= self.columns
 
 
 class Pictures:
@@ -46,7 +55,7 @@ class Pictures:
 
     def read(self, row: int) -> list[Image.Image]:
         """The RGB pictures of a row, in the order that they are shown. Raises DataError if one cannot be read, and
-        LooksAtMore if other rows of the same source may show others: sources are finer from then on."""
+        LooksAtMore if other rows of the same source may show others."""
         document = _Watched(self.split[row], self.image_columns)
         try:
             shown = self.doc_to_visual(document) or []
@@ -54,15 +63,14 @@ class Pictures:
                 raise TypeError(f"it shows a {type(odd[0]).__name__}, which is no picture")
             pictures = [picture.convert("RGB") for picture in shown]
         except Exception as error:  # damaged files raise all kinds of errors
-            self._refine(document.seen)  # else the rows that seemed alike would fail with this one
+            self._check(document.seen)  # else the rows that seemed alike would fail with this one
             raise DataError(f"{self.task}: the picture of row {row} cannot be read: {_told(error)}") from error
-        self._refine(document.seen)
+        self._check(document.seen)
         return pictures
 
-    def _refine(self, seen: set[str]) -> None:
+    def _check(self, seen: set[str]) -> None:
         if not seen <= self.columns:
-            self.columns |= seen
-            raise LooksAtMore
+            raise LooksAtMore(self, seen)
 
 
 class _Watched(Mapping[str, Any]):

@@ -47,12 +47,15 @@ def _again(table: Table) -> str:
 
 
 def _check_shards(table: Table, files: Sequence[Path]) -> None:
-    """Raise DataError if of files numbered 00000-of-00003 and so on one is not there, or there are two sets of them."""
-    numbered = [(int(found[1]), int(found[2])) for file in files if (found := SHARD.search(file.name))]
-    if len(totals := {total for _, total in numbered}) > 1 or len(set(numbered)) < len(numbered):
-        raise DataError(f"{files[0].parent} holds parts of two versions of {table.repository}; {_again(table)}")
-    if missing := sorted(set(range(max(totals, default=0))) - {number for number, _ in numbered}):
-        raise DataError(f"{files[0].parent} lacks part {missing[0]} (counted from 0) of {max(totals)}; {_again(table)}")
+    """Raise DataError if of files numbered 00000-of-00003 and so on one is not there, or there are two sets of them;
+    per folder, of which a split may have one for each subject."""
+    for folder in sorted({file.parent for file in files}):
+        names = [file.name for file in files if file.parent == folder]
+        numbered = [(int(found[1]), int(found[2])) for name in names if (found := SHARD.search(name))]
+        if len(totals := {total for _, total in numbered}) > 1 or len(set(numbered)) < len(numbered):
+            raise DataError(f"{folder} holds parts of two versions of {table.repository}; {_again(table)}")
+        if missing := sorted(set(range(max(totals, default=0))) - {number for number, _ in numbered}):
+            raise DataError(f"{folder} lacks part {missing[0]} (counted from 0) of {max(totals)}; {_again(table)}")
 
 
 def _check_columns(bench: Bench, table: Table, file: Path) -> None:

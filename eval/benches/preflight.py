@@ -86,7 +86,7 @@ def weight_bytes(model: Path, dtype: str) -> int:
     if dtype not in DTYPE_BYTES:
         raise UsageError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPE_BYTES)}")
     index, single = model / "model.safetensors.index.json", model / "model.safetensors"
-    files = [index] if index.is_file() else [single] if single.is_file() else sorted(model.glob("*.safetensors"))
+    files = [single] if single.is_file() else [index] if index.is_file() else sorted(model.glob("*.safetensors"))
     if not files:
         raise ModelError(f"{model} holds no *.safetensors; save the model with transformers' save_pretrained")
     tensors = [tensor for file in files for tensor in read_header(file).tensors.values()]

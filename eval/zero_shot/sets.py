@@ -25,6 +25,7 @@ from eval.zero_shot.spec import ZeroShotSpec
 CLASSES_FILE = "classes.json"
 MASK_SUFFIX = "mask.png"
 WORDNET_ID = re.compile(r"n\d{8}")
+SPLIT = re.compile(r"(train|val|valid|validation|dev|test)(?![a-zA-Z])|\w+-\d{5}-of-\d{5}")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 Answer = TypeVar("Answer")
 
@@ -165,7 +166,7 @@ def _load_dataset(spec: ZeroShotSpec) -> Any:
     except ImportError as error:
         raise UsageError("dataset: sets need the extra: pip install 'encoder-swap[eval]'") from error
     where = Path(spec.path)
-    files = sorted(glob.glob(str(where / "*.parquet") if where.is_dir() else spec.path))
+    files = _of_split(where, spec.split) if where.is_dir() else sorted(glob.glob(spec.path))
     try:
         if (where / "dataset_dict.json").is_file():
             return datasets.load_from_disk(spec.path)[spec.split]
@@ -182,6 +183,16 @@ def _load_dataset(spec: ZeroShotSpec) -> Any:
         ) from error
     state = "holds neither a data set of save_to_disk nor parquet files" if where.is_dir() else "does not exist"
     raise DataError(f"{spec.path} {state}; name a folder of either, a pattern of parquet files, or a hub id")
+
+
+def _of_split(folder: Path, split: str) -> list[str]:
+    """A folder's parquet files; where a name begins with a split, as in test-00000-of-00001.parquet, those of ours.
+    Raises DataError if there are others only."""
+    files = sorted(folder.glob("*.parquet"))
+    ours = [file for file in files if re.match(rf"{re.escape(split)}(?![a-zA-Z])", file.name)]
+    if not ours and (other := next((file for file in files if SPLIT.match(file.name)), None)):
+        raise DataError(f"{folder} holds {other.name}, but nothing of split {split!r}; choose one with split=...")
+    return [str(file) for file in ours or files]
 
 
 def _cell(data: Any, row: int, column: str) -> bytes:
