@@ -10,7 +10,7 @@ from transformers import CLIPVisionModel
 from encoders import manifest
 from encoders.errors import ModelError
 from encoders.weights.headers import read_header
-from llava_adapter.sources import WEIGHTS
+from llava_adapter.sources import WEIGHTS, fingerprint
 
 PROJECTOR, TOWER = "multi_modal_projector.", "vision_tower.vision_model."
 
@@ -24,7 +24,7 @@ def trained_projector(llava: Path, encoder: Path, llm: Path, tower: CLIPVisionMo
     manifest.read(llava, "llava")
     origin = manifest.verify(llava).config
     for role, folder in (("encoder", encoder), ("llm", llm)):
-        trained_on, given = origin[role]["fingerprint"], manifest.fingerprint(folder)
+        trained_on, given = origin[role]["fingerprint"], fingerprint(folder)
         if trained_on != given:
             raise ModelError(
                 f"the projector in {llava} was trained on another {role} (sha256 {trained_on[:12]}) than {folder} "

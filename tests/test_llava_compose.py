@@ -1,6 +1,7 @@
 """Composing and saving: the parts arrive unchanged, what disagrees is refused, a saved folder loads as it was."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from llava_adapter.chat import TEMPLATES, ChatTemplate
 from llava_adapter.compose import build, compose, describe, draft
 from llava_adapter.geometry import geometry_of, image_token_count
 from llava_adapter.save import load_llava, portable_state, save_llava
+from llava_adapter.sources import fingerprint
 from llava_adapter.tokenizer import prepare_tokenizer
 
 
@@ -277,7 +279,7 @@ def test_a_trained_projector_fits_only_what_it_was_trained_between(
     trained = {name: tensor.clone() for name, tensor in model.model.multi_modal_projector.state_dict().items()}
     save_llava(model, processor, tmp_path / "llava")
     folders = {"encoder": tiny_encoder, "llm": tiny_llm}
-    origin = {role: {"fingerprint": manifest.fingerprint(folder)} for role, folder in folders.items()}
+    origin = {role: {"fingerprint": fingerprint(folder)} for role, folder in folders.items()}
     manifest.seal(tmp_path / "llava", "llava", origin)
     plan = draft(tiny_encoder, tiny_llm, "llama3", "crop", torch.float32)
     taken = build(plan, tmp_path / "llava").model.multi_modal_projector.state_dict()
@@ -301,6 +303,20 @@ def test_a_trained_projector_fits_only_what_it_was_trained_between(
     manifest.seal(tmp_path / "moved", "llava", origin)
     with pytest.raises(ModelError, match=r"differs from .* in 1 tensors.*its tower was trained too"):
         build(plan, tmp_path / "moved")
+
+
+def test_a_model_is_known_by_its_content_wherever_it_lies(tiny_llm: Path, tmp_path: Path) -> None:
+    """Two machines fetch at different times; weights of equal size and time are not equal for that."""
+    known, copy = fingerprint(tiny_llm), shutil.copytree(tiny_llm, tmp_path / "copy")
+    weights = copy / "model.safetensors"
+    os.utime(weights, ns=(0, 0))
+    (copy / "README.md").write_text("fetched with the card")
+    assert fingerprint(copy) == known
+    state = load_file(weights)
+    state["model.norm.weight"] += 1
+    save_file(state, weights, metadata={"format": "pt"})
+    os.utime(weights, ns=(0, 0))
+    assert fingerprint(copy) != known
 
 
 def _projector(model: LlavaForConditionalGeneration) -> dict[str, torch.Tensor]:

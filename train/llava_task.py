@@ -24,6 +24,7 @@ from llava_adapter.data.readers import read_chats
 from llava_adapter.geometry import Geometry, with_geometry
 from llava_adapter.objective import AnswerObjective, checkpoint_activations
 from llava_adapter.quantised import load_quantised
+from llava_adapter.sources import fingerprint
 from train.config import LlavaConfig
 from train.loop import Artifact, Batch
 from train.optim import schedule
@@ -139,7 +140,8 @@ class LlavaTask:
         print(tuning.who_trains(self.model))
         self.module: nn.Module = AnswerObjective(self.model)
         self.entries: tuple[str, ...] = ()
-        self.base = {role: manifest.fingerprint(folder) for role, folder in parents.items()}
+        # Those of stage 1 stand in its config.
+        self.base = {"llava": manifest.fingerprint(config.llava)} if config.llava is not None else {}
         self.dataset: Dataset[dict[str, Any]] = TrainingChats(chats.train, config.run.seed)
         self.shards: Shards = chats.train.chats.shards
         self.max_bad_fraction = config.data.max_bad_fraction
@@ -243,4 +245,4 @@ class LlavaTask:
 def _identity(named: Path, folder: Path) -> dict[str, str]:
     """Of a model: its content, and where it was fetched from the Hub, the commit."""
     fetched = {} if folder == named else {"repository": str(named), "commit": folder.name}
-    return {"fingerprint": manifest.fingerprint(folder), **fetched}
+    return {"fingerprint": fingerprint(folder), **fetched}
