@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from encoders.errors import ModelError
-from encoders.weights.headers import read_index
 from eval.benches.benchmarks import Bench
 from eval.benches.staging import Source
 
@@ -21,21 +20,14 @@ def encoder_facts(model: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     part. Raises ModelError if the folder holds no tower.
     """
     import torch
-    from safetensors import safe_open
+
+    from llava_adapter.save import tower_tensors
 
     stored: dict[str, str] = {}  # name in the tower -> hash of the tensor
-    single, index = model / "model.safetensors", model / "model.safetensors.index.json"
-    # As transformers chooses: other files, such as shards of an earlier save, are not what was evaluated.
-    loaded = [single.name] if single.is_file() or not index.is_file() else sorted(set(read_index(index).values()))
-    for file in (model / name for name in loaded):
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (not a dict)
-                _, in_tower, name = key.partition("vision_tower.")
-                if in_tower:
-                    tensor = tensors.get_tensor(key)
-                    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-                    digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-                    stored[name.removeprefix("vision_model.")] = digest.hexdigest()
+    for name, tensor in tower_tensors(model):
+        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        stored[name] = digest.hexdigest()
     if not stored:
         raise ModelError(f"{model} holds no vision_tower.* tensors in *.safetensors; save the model with transformers")
     vision = config["vision_config"]

@@ -5,6 +5,7 @@ in the form that both understand. The functions fill a given directory; the call
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from huggingface_hub import save_torch_state_dict
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
@@ -20,6 +22,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrain
 from encoders.errors import ModelError
 from encoders.manifest import write_json
 from encoders.pretrained import load_strict
+from encoders.weights.headers import weight_files
 
 SHARD_SIZE = "5GB"
 # Share of a layer's output that rounding its merged weight may change.
@@ -97,6 +100,17 @@ def load_processor(folder: Path) -> LlavaProcessor:
         raise ModelError(f"{folder} has no tokenizer.json; a LLaVA folder carries its processor")
     processor: LlavaProcessor = LlavaProcessor.from_pretrained(folder, local_files_only=True)
     return processor
+
+
+def tower_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The vision tower's tensors as a LLaVA folder of any origin stores them, by their names in a CLIPVisionModel; the
+    LLM is not read."""
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (not a dict)
+                _, in_tower, name = key.partition("vision_tower.")
+                if in_tower:
+                    yield name.removeprefix("vision_model."), tensors.get_tensor(key)
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

@@ -139,6 +139,17 @@ def read_index(index: Path) -> dict[str, str]:
     return placed
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers loads of a folder: the one, else the shards that the index names. Others,
+    such as shards of an earlier save, are no part of the model. Raises ModelError if there are none."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        return [folder / name for name in sorted(set(read_index(index).values()))]
+    raise ModelError(f"{folder} holds no model.safetensors (or its index); save the model with save_pretrained")
+
+
 def _read_shards(index: Path) -> Header:
     placed = read_index(index)
     tensors: dict[str, TensorHeader] = {}

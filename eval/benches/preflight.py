@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from encoders.errors import ModelError, UsageError
-from encoders.weights.headers import read_header
+from encoders.weights.headers import read_header, weight_files
 from eval.benches.benchmarks import Bench
 from eval.benches.data_check import count_questions
 from eval.benches.lmms_tasks import INSTALL
@@ -85,11 +85,7 @@ def weight_bytes(model: Path, dtype: str) -> int:
     """
     if dtype not in DTYPE_BYTES:
         raise UsageError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPE_BYTES)}")
-    index, single = model / "model.safetensors.index.json", model / "model.safetensors"
-    files = [single] if single.is_file() else [index] if index.is_file() else sorted(model.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{model} holds no *.safetensors; save the model with transformers' save_pretrained")
-    tensors = [tensor for file in files for tensor in read_header(file).tensors.values()]
+    tensors = [tensor for file in weight_files(model) for tensor in read_header(file).tensors.values()]
     floating = sum(tensor.count for tensor in tensors if "F" in tensor.dtype)
     return floating * DTYPE_BYTES[dtype] + sum(tensor.size for tensor in tensors if "F" not in tensor.dtype)
 

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
@@ -29,6 +28,7 @@ from encoders.sources.open_clip_config import OPEN_CLIP_CONFIG
 from encoders.sources.source import HUB_ID, evaluation_pixels, open_source
 from llava_adapter.data.pictures import open_rgb
 from llava_adapter.geometry import read_image_processor
+from llava_adapter.save import tower_tensors
 
 FEATURE_LAYER = -2
 """Of LLaVA-1.5, and of every LLaVA that this toolkit composes."""
@@ -201,15 +201,8 @@ def _of_llava(folder: Path) -> Encoder:
     if vision.get("model_type") != "clip_vision_model":
         raise ModelError(f"{folder / 'config.json'}: its tower is {vision.get('model_type')!r}, not a CLIPVisionModel")
     tower = CLIPVisionModel(CLIPVisionConfig.from_dict(vision))
-    state: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (not a dict)
-                _, in_tower, name = key.partition("vision_tower.")
-                if in_tower:
-                    state[name.removeprefix("vision_model.")] = tensors.get_tensor(key).float()
     try:
-        tower.load_state_dict(state)
+        tower.load_state_dict({name: tensor.float() for name, tensor in tower_tensors(folder)})
     except RuntimeError as error:
         raise ModelError(f"{folder}: its config and the vision_tower.* tensors disagree: {error}") from error
     layer = config.get("vision_feature_layer", FEATURE_LAYER)
