@@ -84,7 +84,7 @@ class Browser:
         self._ask("Emulation.setDeviceMetricsOverride", screen, session)
         self.events.clear()
         self._ask("Page.navigate", {"url": file.as_uri()}, session)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             assert time.monotonic() < deadline, f"{file} did not load"
             self.events.append(self._read())

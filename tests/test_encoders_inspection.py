@@ -276,7 +276,7 @@ def test_towers_that_are_none_are_refused(tmp_path: Path) -> None:
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-X", "importtime", "-m", "encoders.inspection.command", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, timeout=60)
+    return subprocess.run(line, capture_output=True, text=True, timeout=300)
 
 
 def test_the_command_needs_neither_torch_nor_numpy(encoder: Path, tmp_path: Path) -> None:

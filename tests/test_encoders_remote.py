@@ -213,13 +213,13 @@ sys.exit(75)
 
 def test_a_process_leaves_at_once_while_shards_are_fetched(folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", LEAVING, str(listed(tmp_path, f"file://{folder}")), str(tmp_path / "cache")]
-    assert subprocess.run(command, timeout=60).returncode == 75
+    assert subprocess.run(command, timeout=300).returncode == 75
 
 
 def test_shards_are_fetched_ahead(bucket: str, tmp_path: Path) -> None:
     samples = TarSamples(listed(tmp_path, bucket), cache=tmp_path / "cache")
     samples.fetch_ahead(np.array([2, 0]))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while len(list((tmp_path / "cache" / "shards" / "index").glob("*.npz"))) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.01)

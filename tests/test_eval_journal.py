@@ -227,6 +227,7 @@ def test_answers_of_another_device_are_not_taken_over(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_twenty_kills(words: list[str], whole: bytes, tmp_path: Path) -> None:
     """At every stage of a line, and between the last answer and the finished folder."""
     out = tmp_path / "out"

@@ -35,7 +35,7 @@ def test_the_command_publishes_and_transformers_and_we_load_it_by_its_id(
     server: HubServer, encoder: Path, tmp_path: Path
 ) -> None:
     published = client(server, tmp_path, "-m", "llava_adapter.publish", str(encoder), REPO, "--public")
-    out, errors = published.communicate(timeout=60)
+    out, errors = published.communicate(timeout=300)
     assert published.returncode == 0, errors
     commit = server.repos[REPO].refs["main"]
     assert f"published {server.url}/{REPO}/commit/{commit}" in out

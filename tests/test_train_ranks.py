@@ -42,7 +42,7 @@ def test_a_dead_rank_ends_the_job_and_is_named(victim: int, shards: Path, tmp_pa
     dead = ranks.read(out)[victim]
     os.kill(dead.pid, signal.SIGKILL)
     began = time.monotonic()
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     print(f"ended {time.monotonic() - began:.1f} s after the kill")
     assert process.returncode != 0
     assert status(out)[0] == "failed"

@@ -52,7 +52,7 @@ def test_one_process_saves_within_a_step_and_exits_75(number: signal.Signals, sh
     process = start_and_wait(command, out, 6)
     process.send_signal(number)
     seen = steps_logged(out)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 75, output[-3000:]
     assert status(out) == ("preempted", 75)
     assert seen <= saved_step(out) <= seen + 2  # the step in progress, and one logged while the signal travelled
@@ -69,7 +69,7 @@ def test_all_ranks_leave_together_when_one_is_asked(shards: Path, tmp_path: Path
     process = start_and_wait([*torchrun(2), *options(shards, out, *LATE_SAVE)], out, 4)
     asked = ranks.read(out)[1]
     os.kill(asked.pid, signal.SIGUSR1)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 1  # whatever the ranks say, torchrun says 1
     assert status(out) == ("preempted", 75)
     assert output.count("was asked to stop") >= 2, output[-3000:]
@@ -83,7 +83,7 @@ def test_a_command_asks_the_ranks_of_a_run(shards: Path, tmp_path: Path) -> None
     process = start_and_wait([*accelerate(), *options(shards, out, "--run.steps=100000", *LATE_SAVE)], out, 4)
     asked = finish([sys.executable, "-m", "train.signals", str(out)])
     assert "asked 1 rank(s)" in asked.stdout, asked.stderr
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert status(out) == ("preempted", 75)
     again = finish([sys.executable, "-m", "train.signals", str(out)])
     assert again.returncode == 3
