@@ -186,26 +186,35 @@ def evaluate(
 
 
 def print_table(results: Mapping[str, Any]) -> None:
-    """Print each benchmark's leading figures (fractions as percent), its questions and the seconds they took."""
+    """Print each benchmark's leading figures (fractions as percent), its questions and the seconds they took; how many
+    answers are empty, unread or failed where any is."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    benches = results["benches"].values()
+    amiss = {
+        "empty": [entry["empty"] for entry in benches],
+        "unread": [entry["unparsed"] for entry in benches],
+        "failed": [len(entry["failed"]) for entry in benches],
+    }
+    amiss = {column: counts for column, counts in amiss.items() if any(counts)}
     table = Table(title=Text(results["model"]["path"]), title_justify="left", box=SIMPLE_HEAD)
-    for column in ("bench", "metric", "score", "asked", "images", "empty", "unread", "failed", "s"):
+    for column in ("bench", "metric", "score", "asked", "images", *amiss, "s"):
         words = column in ("bench", "metric")
         table.add_column(column, justify="left" if words else "right", no_wrap=not words, overflow="fold")
-    for name, entry in results["benches"].items():
+    for at, (name, entry) in enumerate(results["benches"].items()):
         # A task without a figure that can be compared still has those that it printed.
         shown = [metric for metric in entry["headline"] or entry["metrics"] if metric in entry["metrics"]]
         scores = [f"{entry['metrics'][metric] * (100 if entry['percent'] else 1):.2f}" for metric in shown]
         part = f" of {entry['of_questions']:,}" if entry["questions"] != entry["of_questions"] else ""
-        facts = [f"{entry['questions']:,}{part}", *(str(entry[fact]) for fact in ("images", "empty", "unparsed"))]
-        facts += [str(len(entry["failed"])), f"{entry['seconds']:.0f}"]
+        facts = [f"{entry['questions']:,}{part}", str(entry["images"]), *(str(counts[at]) for counts in amiss.values())]
         short = (metric.removeprefix(f"{name}_") for metric in shown)  # of pope_accuracy, accuracy
-        table.add_row(name, "\n".join(short), "\n".join(scores), *facts)
+        table.add_row(name, "\n".join(short), "\n".join(scores), *facts, f"{entry['seconds']:.0f}")
     Console().print(table)
+    if not amiss:
+        print("every question is answered; no answer is empty or unreadable")
 
 
 def _refuse_failures(figures: Mapping[str, Mapping[str, Any]], place: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -129,6 +130,26 @@ def test_the_encoder_is_that_of_the_weights_that_are_loaded(tiny_llava: Path, tm
 def test_a_path_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     run.print_table({"model": {"path": "a[/b]/[final]"}, "benches": {}})
     assert "a[/b]/[final]" in capsys.readouterr().out
+
+
+def test_the_table_fits_a_terminal_and_tells_what_is_amiss(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    sound = {"questions": 446, "of_questions": 12_578, "images": 60, "empty": 0, "unparsed": 0, "failed": []}
+    mme = {"metrics": {"mme_perception_score": 1317.35}, "headline": ["mme_perception_score"], "percent": False}
+    entries = {"mme": {**mme, **sound, "seconds": 11.0}, "textvqa": {**mme, **sound, "seconds": 1000.0}}
+    run.print_table({"model": {"path": "llava"}, "benches": entries})
+    told = capsys.readouterr().out
+    assert "  mme       perception_score       1317.35   446 of 12,578       60     11" in told
+    assert "every question is answered" in told
+    assert "failed" not in told
+    entries["mme"]["unparsed"] = 3
+    run.print_table({"model": {"path": "llava"}, "benches": entries})
+    told = capsys.readouterr().out
+    assert re.search(r"images +unread +s *\n", told)
+    assert re.search(r" mme .* 60 +3 +11 *\n", told)
+    assert "every question is answered" not in told
 
 
 def test_in_bfloat16_the_rate_of_flips_is_stated(tiny_llava: Path, benches: Path, tmp_path: Path) -> None:
