@@ -24,6 +24,7 @@ from llava_adapter.chat import IGNORED, TEMPLATES, encode
 from llava_adapter.data.batch import collate
 from llava_adapter.data.conversations import Conversation
 from llava_adapter.data.dataset import ChatDataset, TrainingChats
+from llava_adapter.data.pictures import open_rgb
 from llava_adapter.data.readers import read_chats
 from llava_adapter.geometry import with_geometry
 
@@ -352,3 +353,11 @@ def test_training_sees_what_evaluation_sees(
         assert np.abs(pixels[0].numpy() * std + mean - wanted).max() <= 2.5 / 255
     else:
         assert saved.image_processor.size == {"shortest_edge": IMAGE_SIZE}
+
+
+def test_a_damaged_picture_is_told_whatever_pillow_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a damaged AVIF a RuntimeError, of others an AssertionError without a word."""
+    for error, said in ((RuntimeError("truncated"), "truncated"), (AssertionError(), r"AssertionError\(\)")):
+        monkeypatch.setattr(Image, "open", lambda *_, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(ValueError, match=said):
+            open_rgb(b"damaged")

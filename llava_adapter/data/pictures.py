@@ -42,4 +42,4 @@ def open_rgb(picture: Path | bytes | Image.Image) -> Image.Image:
         with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
             return image.convert("RGB")
     except Exception as error:  # Pillow's, for a broken file: of every kind, RuntimeError of a damaged AVIF among them
-        raise ValueError(str(error)) from error
+        raise ValueError(str(error) or repr(error)) from error
